@@ -1,0 +1,199 @@
+// Vectors of KD_LANES floats, their exp, log and tanh, and loads and stores of other dtypes.
+// Included by for_each_isa.h once per instruction set, hence no include guard.
+//
+// GCC vector types do the arithmetic; the library is compiled with -ffp-contract=off, so a product
+// is fused into a sum only where fma() says so (p * a - q * b must be exactly 0 for equal terms).
+
+namespace kd::KD_ISA {
+
+constexpr int kLanes = KD_LANES;
+
+typedef float Vec __attribute__((vector_size(KD_LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(KD_LANES * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(KD_LANES * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(KD_LANES * 2)));
+// The same in memory, at any address.
+typedef float VecAt __attribute__((vector_size(KD_LANES * 4), aligned(4), may_alias));
+typedef uint16_t ShortVecAt __attribute__((vector_size(KD_LANES * 2), aligned(2), may_alias));
+
+#define KD_INLINE static inline __attribute__((always_inline))
+
+KD_INLINE Vec splat(float x) { return x - Vec{}; }
+KD_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAt*>(p); }
+KD_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAt*>(p) = x; }
+KD_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+KD_INLINE Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
+
+KD_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if KD_LANES == 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif KD_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+KD_INLINE float sum(Vec x) {
+  float v[kLanes];
+  store(v, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+KD_INLINE float max_lane(Vec x) {
+  float v[kLanes];
+  store(v, x);
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// A factor as a sum of two floats, so that x * factor keeps its fraction bits.
+struct Split {
+  Vec hi, lo;
+};
+KD_INLINE Split split(double x) {
+  const float hi = static_cast<float>(x);
+  return {splat(hi), splat(static_cast<float>(x - hi))};
+}
+
+// 2^r - 1 for |r| <= 0.5 (2e-9 relative), and n, e with x = n + r, 2^n = e.
+// The rounding constant leaves n in the low bits of the float, from where it moves to the exponent.
+struct Exp2Parts {
+  Vec minus_one, n;
+  IntVec exponent;
+};
+KD_INLINE Exp2Parts exp2_parts(Vec x, Split factor) {
+  const Vec rounder = splat(12582912.0f);  // 1.5 * 2^23
+  const Vec shifted = fma(x, factor.hi, rounder);
+  const Vec n = shifted - rounder;
+  const Vec r = fma(x, factor.lo, fma(x, factor.hi, -n));
+  Vec q = splat(1.5353337e-4f);
+  q = fma(q, r, splat(1.3398902e-3f));
+  q = fma(q, r, splat(9.6184378e-3f));
+  q = fma(q, r, splat(5.5503324e-2f));
+  q = fma(q, r, splat(2.4022648e-1f));
+  q = fma(q, r, splat(6.9314718e-1f));
+  return {q * r, n, (IntVec)shifted << 23};
+}
+
+// 2^(x * factor) for x <= 0, within 2 ulp; 0 below 2^-126, so -inf gives exactly 0; NaN stays NaN.
+KD_INLINE Vec exp2_scaled(Vec x, Split factor) {
+  const Exp2Parts e = exp2_parts(x, factor);
+  const Vec y = (Vec)((IntVec)(e.minus_one + 1.0f) + e.exponent);
+  return select(e.n < -126.0f, Vec{}, y);
+}
+
+// log(x) for normal x > 0, within 2 ulp also near 1 (log(1) is exactly 0).
+KD_INLINE Vec log(Vec x) {
+  const IntVec bits = (IntVec)x;
+  // Mantissa in [sqrt(1/2), sqrt(2)), so that x near 1 has exponent 0.
+  const IntVec shifted = bits - 0x3f3504f3;
+  const Vec n = __builtin_convertvector(shifted >> 23, Vec);
+  const Vec f = (Vec)((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  Vec p = splat(-7.6343104e-2f);
+  p = fma(p, f, splat(1.2761502e-1f));
+  p = fma(p, f, splat(-1.3160218e-1f));
+  p = fma(p, f, splat(1.4201771e-1f));
+  p = fma(p, f, splat(-1.6623355e-1f));
+  p = fma(p, f, splat(2.0001227e-1f));
+  p = fma(p, f, splat(-2.5000823e-1f));
+  p = fma(p, f, splat(3.3333331e-1f));
+  const Vec f2 = f * f;
+  const Vec tail = fma(p * f, f2, f2 * -0.5f);
+  return fma(n, splat(0.693359375f), f + fma(n, splat(-2.12194440e-4f), tail));
+}
+
+// tanh by expm1, so that small arguments keep their relative accuracy.
+KD_INLINE Vec tanh(Vec x) {
+  const IntVec negative = x < 0.0f;
+  const Vec magnitude = select(negative, -x, x);
+  const Exp2Parts e = exp2_parts(magnitude, split(-2.8853900817779268));  // -2 log2(e)
+  const Vec power = (Vec)(e.exponent + 0x3f800000);
+  const Vec expm1 = fma(power, e.minus_one, power - 1.0f);
+  const Vec t = select(e.n < -30.0f, splat(1.0f), -expm1 / (2.0f + expm1));
+  return select(negative, -t, t);
+}
+
+// bfloat16 and half in memory.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+KD_INLINE Vec load(const Bf16* p) {
+  const ShortVec raw = *reinterpret_cast<const ShortVecAt*>(p);
+  return (Vec)(__builtin_convertvector(raw, UintVec) << 16);
+}
+
+KD_INLINE ShortVec to_bf16(Vec x) {
+  const UintVec bits = (UintVec)x;
+  const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const IntVec nan = x != x;
+  return __builtin_convertvector(nan ? (UintVec)(IntVec{} + 0x7fc0) : rounded, ShortVec);
+}
+
+KD_INLINE Vec load(const Half* p) {
+#if KD_LANES == 16
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif KD_LANES == 8
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].bits);
+  }
+  return x;
+#endif
+}
+
+KD_INLINE ShortVec to_half(Vec x) {
+#if KD_LANES == 16
+  return (ShortVec)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif KD_LANES == 8
+  return (ShortVec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  ShortVec y;
+  for (int i = 0; i < kLanes; ++i) {
+    y[i] = torch::headeronly::detail::fp16_ieee_from_fp32_value(x[i]);
+  }
+  return y;
+#endif
+}
+
+// Stores past the cache: a gradient of gigabytes must not evict the rows still to be read, nor be
+// read itself before it is overwritten. `p` is aligned to the vector.
+KD_INLINE void stream(float* p, Vec x) {
+#if KD_LANES == 16
+  _mm512_stream_ps(p, (__m512)x);
+#elif KD_LANES == 8
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+
+KD_INLINE void stream(uint16_t* p, ShortVec x) {
+#if KD_LANES == 16
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#elif KD_LANES == 8
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)x);
+#else
+  *reinterpret_cast<ShortVecAt*>(p) = x;
+#endif
+}
+
+KD_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+#undef KD_INLINE
+
+}  // namespace kd::KD_ISA

@@ -1,0 +1,47 @@
+"""Loads the compiled libraries, and remembers why one was not loaded.
+
+Nothing is compiled here and nothing fails here: a missing or broken library leaves a reason that
+``unsupported()`` of each op, ``kdkernels info`` and the error of an explicit request repeat.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_FOLDER = Path(__file__).parent
+
+
+def _load(device: str) -> str | None:
+    """Loads ``_native_<device>.so``; returns the reason when that is not possible."""
+    path = _FOLDER / f"_native_{device}.so"
+    if not path.exists():
+        return f"{path.name} was not built (KDKERNELS_NATIVE=off, or no compiler at install time)"
+    if device == "cuda" and torch.version.cuda is None:
+        return f"{path.name} needs a CUDA build of torch, this is {torch.__version__}"
+    try:
+        torch.ops.load_library(str(path))
+    except Exception as error:
+        return f"{path.name} could not be loaded: {str(error).splitlines()[0]}"
+    return None
+
+
+_reasons: dict[str, str | None] = {device: _load(device) for device in ("cpu", "cuda")}
+
+
+def reason(device: str) -> str | None:
+    """Why native kernels cannot run on this device type; ``None`` when they can."""
+    if device in _reasons:
+        return _reasons[device]
+    return f"there are no native kernels for {device} tensors"
+
+
+def host() -> ModuleType | None:
+    """The compiled host helpers (build facts, CPU features, launch plans), if they were built."""
+    try:
+        return importlib.import_module("kdkernels._host")
+    except ImportError:
+        return None

@@ -1,0 +1,76 @@
+"""One primitive = one operator name; its backends are overloads of that name.
+
+A primitive is declared once, here in Python (schema and fake), so that it exists without any
+compiled library. C++ attaches kernels to the plain overload, ``kdkernels::name`` (CPU and CUDA by
+dispatch key); Triton launchers attach to ``kdkernels::name.triton``. A profile or a compiled graph
+thus names the kernel that ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "kdkernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+class Primitive:
+    """A fixed-arity kernel boundary that several backends implement.
+
+    Args:
+        name: operator name; the operator is ``kdkernels::name``.
+        schema: arguments and returns, e.g. ``"(Tensor x, float a) -> Tensor"``.
+        fake: shape function; mirrors what every backend allocates. ``None`` for an operator that
+            only writes its arguments.
+    """
+
+    def __init__(self, name: str, schema: str, *, fake: Callable[..., Any] | None) -> None:
+        self.name = name
+        self._schema = schema
+        self._fake = fake if fake is not None else _returns_nothing
+        self._calls: dict[str, Callable[..., Any]] = {}
+        self._overloads: dict[str, Any] = {}
+        self.define("native")
+
+    def define(self, backend: str) -> None:
+        """Declares the overload of a backend whose kernels a compiled library attaches."""
+        overload = "" if backend == "native" else f".{backend}"
+        _library.define(f"{self.name}{overload}{self._schema}")
+        torch.library.register_fake(
+            f"{NAMESPACE}::{self.name}{overload}", self._fake, lib=_library
+        )
+        packet = getattr(torch.ops.kdkernels, self.name)
+        self._overloads[backend] = getattr(packet, overload[1:] or "default")
+        self._calls[backend] = self._overloads[backend]
+
+    def launcher(self, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Attaches a Python launcher; eager calls reach it without passing the dispatcher."""
+
+        def attach(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.define(backend)
+            _library.impl(f"{self.name}.{backend}", function, "CompositeExplicitAutograd")
+            self._calls[backend] = function
+            return function
+
+        return attach
+
+    def overload(self, backend: str) -> Any:
+        """The ``OpOverload`` of a backend, for ``opcheck`` and graph inspection."""
+        return self._overloads[backend]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that have an overload."""
+        return tuple(self._overloads)
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._overloads[backend](*args)
+        return self._calls[backend](*args)
+
+
+def _returns_nothing(*args: Any) -> None:
+    return None

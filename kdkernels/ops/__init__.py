@@ -1,0 +1,5 @@
+"""Kernel contracts: 2-D, per row, no conventions. Users call :mod:`kdkernels.api`."""
+
+from kdkernels.ops import kd_loss, scale_grad
+
+__all__ = ["kd_loss", "scale_grad"]

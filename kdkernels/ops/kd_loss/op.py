@@ -1,0 +1,297 @@
+"""The contract of ``kd_loss``: primitives, fakes, backend support, autograd.
+
+Layers above (``kdkernels.api``) bring leading dimensions, reductions by name, masks, label shift
+and the conventions of papers; here everything is ``[rows, classes]`` and plain numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import _backend, _checks, _native, _triton
+from kdkernels._op import Primitive
+from kdkernels.ops.kd_loss.reference import kd_loss_reference
+from kdkernels.ops.kd_loss.spec import Divergence, Spec
+from kdkernels.ops.scale_grad.op import scale_grad
+
+_SPEC = (
+    "int divergence, float beta, float temperature, float ce_weight, float kd_weight, "
+    "float label_smoothing, float z_loss, float student_scale, float teacher_scale, "
+    "float student_softcap, float teacher_softcap, int ignore_index, int classes, bool mean, "
+    "bool want_ce"
+)
+_INPUTS = (
+    "Tensor{} student, Tensor? teacher, Tensor? labels, Tensor? row_weights, "
+    f"Tensor? denominator, {_SPEC}"
+)
+_RESULTS = "Tensor loss, Tensor parts, Tensor rows"
+
+
+def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty((4,), dtype=dtype),
+        student.new_empty((student.shape[0],), dtype=dtype),
+    )
+
+
+def _fake_grad(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_fake(student), student.new_empty(student.shape))
+
+
+# Loss only.
+kd_loss_forward = Primitive("kd_loss", f"({_INPUTS.format('')}) -> ({_RESULTS})", fake=_fake)
+# Loss and its gradient for the student's logits, in one pass.
+kd_loss_grad = Primitive(
+    "kd_loss_grad", f"({_INPUTS.format('')}) -> ({_RESULTS}, Tensor grad)", fake=_fake_grad
+)
+# The same, the gradient written over the student's logits.
+kd_loss_grad_ = Primitive(
+    "kd_loss_grad_", f"({_INPUTS.format('(a!)')}) -> ({_RESULTS})", fake=_fake
+)
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    denominator: Tensor | None,
+    spec: Spec,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hard cross-entropy and a teacher-student divergence over rows, reduced to a scalar.
+
+    Args:
+        student: logits, ``[rows, columns]``; float32, bfloat16, float16 or float64; any row
+            stride, unit column stride (another layout is copied).
+        teacher: logits, ``[rows, columns]``, any of these dtypes; ``None`` where ``spec`` needs none.
+        labels: ``[rows]`` int64. A row whose label is ``spec.ignore_index`` is not valid: it is
+            never read, adds nothing and gets a zero gradient. ``None``: every row is valid.
+        row_weights: ``[rows]`` float32 factors of the rows' losses.
+        denominator: ``[]``; the sum is divided by it (0 counts as 1). ``None``: by the number of valid
+            rows where ``spec.mean``, else by 1.
+        spec: see :class:`~kdkernels.ops.kd_loss.spec.Spec`.
+        inplace: overwrite ``student`` with the gradient instead of allocating it.
+        backend: ``native``, ``triton``, ``reference``, or ``None`` to choose.
+
+    Returns:
+        ``loss`` ``[]`` and ``parts`` ``[4]``: CE, D and the squared log-partition (each weighted
+        by ``row_weights`` and divided like the loss, without its own weight), and the number of
+        valid rows. float64 for float64 logits, else float32. Only ``loss`` carries a gradient.
+
+    Numerics: float32 inside (float64 for float64 logits). Without a valid row loss and gradient
+    are 0. An out-of-range label raises on CPU; on CUDA, where that would need a synchronisation,
+    it makes its row's loss and gradient NaN.
+    """
+    name = _prepare(student, teacher, labels, row_weights, denominator, spec, backend)
+    if name == "reference":
+        if inplace:
+            raise NotImplementedError("kd_loss: inplace must be False for the reference backend")
+        loss, parts, _ = kd_loss_reference(student, teacher, labels, row_weights, denominator, spec)
+        return loss, parts
+    args = _kernel_inputs(student, teacher, labels, row_weights, denominator)
+    student = args[0]
+    if student.requires_grad and torch.is_grad_enabled():
+        if inplace and student.is_leaf:
+            raise ValueError("kd_loss: student must not be a leaf tensor with inplace=True")
+        loss, parts = _KDLoss.apply(*args, spec, name, inplace)
+        return loss, parts
+    loss, parts, _ = kd_loss_forward(name, *args, *spec)
+    return loss, parts
+
+
+def kd_loss_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    spec: Spec,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """As :func:`kd_loss`, one value a row: ``[rows]``, 0 for rows that are not valid.
+
+    The gradient is recomputed in the backward pass with the upstream gradient as row weights, so
+    it is right for any upstream gradient; the inputs are kept until then.
+    """
+    name = _prepare(student, teacher, labels, row_weights, None, spec, backend)
+    if name == "reference":
+        return kd_loss_reference(student, teacher, labels, row_weights, None, spec)[2]
+    args = _kernel_inputs(student, teacher, labels, row_weights, None)
+    if args[0].requires_grad and torch.is_grad_enabled():
+        rows: Tensor = _KDLossRows.apply(*args[:4], spec, name)
+        return rows
+    _, _, rows = kd_loss_forward(name, *args, *spec)
+    return rows
+
+
+class _KDLoss(torch.autograd.Function):
+    # Old-style forward(ctx, ...): setup_context costs 9 us more a call (measured, torch 2.13).
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        row_weights: Tensor | None,
+        denominator: Tensor | None,
+        spec: Spec,
+        backend: str,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        args = (student, teacher, labels, row_weights, denominator, *spec)
+        if inplace:
+            loss, parts, _ = kd_loss_grad_(backend, *args)
+            grad = student.detach()
+            if not torch.compiler.is_compiling():
+                # Whoever saved the logits for its own backward must notice.
+                torch.autograd.graph.increment_version(student)
+        else:
+            loss, parts, _, grad = kd_loss_grad(backend, *args)
+        ctx.save_for_backward(grad)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        return loss, parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 8
+        (grad,) = ctx.saved_tensors
+        return scale_grad(grad, grad_loss, backend=ctx.backend), None, None, None, None, None, None, None
+
+
+class _KDLossRows(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        row_weights: Tensor | None,
+        spec: Spec,
+        backend: str,
+    ) -> Tensor:
+        _, _, rows = kd_loss_forward(
+            backend, student, teacher, labels, row_weights, None, *spec
+        )
+        ctx.save_for_backward(student, teacher, labels, row_weights)
+        ctx.spec, ctx.backend = spec, backend
+        return rows  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, labels, row_weights = ctx.saved_tensors
+        weights = grad_rows if row_weights is None else grad_rows * row_weights
+        spec = ctx.spec._replace(mean=False)
+        *_, grad = kd_loss_grad(
+            ctx.backend, student, teacher, labels, weights.contiguous(), None, *spec
+        )
+        return grad, None, None, None, None, None
+
+
+def unsupported(
+    backend: str, student: Tensor, teacher: Tensor | None = None, *, device: str | None = None
+) -> str | None:
+    """Why a backend cannot run a call with these tensors; ``None`` when it can.
+
+    ``device`` asks about another device type than that of the tensors.
+    """
+    device = device or student.device.type
+    if backend == "native":
+        if device == "cuda":
+            if student.dtype == torch.float64:
+                return "the CUDA kernel takes float32, bfloat16 and float16, not float64"
+            if teacher is not None and teacher.dtype != student.dtype:
+                return "the CUDA kernel takes student and teacher of one dtype"
+        return _native.reason(device)
+    if backend == "triton":
+        if torch.float64 in (student.dtype, None if teacher is None else teacher.dtype):
+            return "the Triton kernel takes float32, bfloat16 and float16, not float64"
+        return _triton.reason(device)
+    return None
+
+
+def _prepare(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    denominator: Tensor | None,
+    spec: Spec,
+    backend: str | None,
+) -> str:
+    """Checks the tensors and returns the backend."""
+    _checks.float_matrix("kd_loss", "student", student)
+    rows, device = student.shape[0], student.device
+    if teacher is not None:
+        _check_teacher(student, teacher, spec)
+    elif spec.needs_teacher:
+        raise ValueError("kd_loss: teacher must be given for this divergence, got None")
+    if spec.classes > student.shape[1]:
+        raise ValueError(
+            f"kd_loss: student must have at least {spec.classes} classes, got {student.shape[1]}"
+        )
+    if labels is not None:
+        _checks.row_vector("kd_loss", "labels", labels, rows, (torch.int64,))
+        _checks.same_device("kd_loss", "labels", labels, device)
+    elif spec.needs_ce or spec.divergence == Divergence.SPIKE:
+        raise ValueError("kd_loss: labels must be given for a loss on labels, got None")
+    if row_weights is not None:
+        _checks.row_vector("kd_loss", "row_weights", row_weights, rows, _checks.FLOAT_DTYPES)
+        _checks.same_device("kd_loss", "row_weights", row_weights, device)
+        _checks.no_grad("kd_loss", "row_weights", row_weights)
+    if denominator is not None:
+        _checks.same_device("kd_loss", "denominator", denominator, device)
+    return _backend.choose(
+        "kd_loss", device.type, backend, lambda name: unsupported(name, student, teacher)
+    )
+
+
+def _check_teacher(student: Tensor, teacher: Tensor, spec: Spec) -> None:
+    _checks.float_matrix("kd_loss", "teacher", teacher)
+    _checks.same_device("kd_loss", "teacher", teacher, student.device)
+    _checks.no_grad("kd_loss", "teacher", teacher)
+    if teacher.shape == student.shape:
+        return
+    if spec.classes < 0 or teacher.shape[0] != student.shape[0]:
+        raise ValueError(
+            f"kd_loss: teacher must have the shape of student {list(student.shape)}, "
+            f"got {list(teacher.shape)}"
+        )
+    if teacher.shape[1] < spec.classes:
+        raise ValueError(
+            f"kd_loss: teacher must have at least {spec.classes} classes, got {teacher.shape[1]}"
+        )
+
+
+def _kernel_inputs(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    denominator: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Layouts and dtypes as every kernel reads them; what already fits is passed on as it is."""
+    accumulate = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student = student if student.stride(1) == 1 else student.contiguous()
+    if teacher is not None and teacher.stride(1) != 1:
+        teacher = teacher.contiguous()
+    if labels is not None:
+        labels = labels.contiguous()
+    if row_weights is not None:
+        row_weights = row_weights.to(accumulate).contiguous()
+    if denominator is not None:
+        denominator = denominator.to(accumulate)
+    return student, teacher, labels, row_weights, denominator

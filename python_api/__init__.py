@@ -1,0 +1,43 @@
+"""What users call: losses with masks, reductions and papers' conventions, modules, presets."""
+
+if __name__ != "kdkernels.api":
+    # A script started in the repository root would otherwise load every class twice.
+    raise ImportError("this folder is the import package kdkernels.api: import kdkernels instead")
+
+from kdkernels.api import compat, functional, nn
+from kdkernels.api.backends import available_backends, explain, use_backend
+from kdkernels.api.functional import (
+    KDParts,
+    confidence_penalty_loss,
+    kd_loss,
+    label_smoothing_loss,
+    tfkd_reg_loss,
+    tfkd_self_loss,
+)
+from kdkernels.api.nn import (
+    ConfidencePenaltyLoss,
+    KDLoss,
+    LabelSmoothingLoss,
+    TfKDRegLoss,
+    TfKDSelfLoss,
+)
+
+__all__ = [
+    "ConfidencePenaltyLoss",
+    "KDLoss",
+    "KDParts",
+    "LabelSmoothingLoss",
+    "TfKDRegLoss",
+    "TfKDSelfLoss",
+    "available_backends",
+    "compat",
+    "confidence_penalty_loss",
+    "explain",
+    "functional",
+    "kd_loss",
+    "label_smoothing_loss",
+    "nn",
+    "tfkd_reg_loss",
+    "tfkd_self_loss",
+    "use_backend",
+]

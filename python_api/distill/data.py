@@ -1,0 +1,64 @@
+"""A text classification task: disjoint splits, with labels and without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdkernels.api.distill.errors import require
+
+# The splits are part of the task: they stay the same whatever the training seed.
+SPLIT_SEED = 2014
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts with class numbers."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def head(self, count: int | None) -> Labelled:
+        """The first ``count`` texts; all of them for None."""
+        return Labelled(self.texts[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A task: disjoint splits and the names of its classes.
+
+    Attributes:
+        train: The labels there are.
+        dev: Held out for the curves and for choosing which seed's student to keep.
+        test: Held out for the final table.
+        transfer: Texts without labels, for the teacher to label.
+        label_names: Names of the classes, by number.
+        source: One sentence on where the texts come from.
+    """
+
+    train: Labelled
+    dev: Labelled
+    test: Labelled
+    transfer: list[str]
+    label_names: list[str]
+    source: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a corpus to use; None means all. ``exact`` makes too large a number an error."""
+
+    labels: int | None = None
+    transfer: int | None = None
+    test: int | None = None
+    exact: bool = True
+
+
+def limit_transfer(texts: list[str], limits: Limits) -> list[str]:
+    """The first ``limits.transfer`` texts; asking for more than there are is an error."""
+    if limits.transfer is not None and limits.exact:
+        contract = f"be at most {len(texts)}, the unlabelled texts there are"
+        require(limits.transfer <= len(texts), "transfer", contract, limits.transfer)
+    return texts[: limits.transfer]

@@ -1,0 +1,297 @@
+"""The units of work of a run: teacher, its logits, every arm and seed, timing, report.
+
+A unit's result file is written last, so a unit is either complete or done again. Every unit seeds
+itself, so a resumed run gives the same numbers as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.api.distill import measure, models, report, results, text, train
+from kdkernels.api.distill.config import DistillConfig
+from kdkernels.api.distill.data import Corpus
+from kdkernels.api.distill.errors import DistillError
+from kdkernels.api.distill.models import Classifier
+from kdkernels.api.distill.progress import Bar, Display
+from kdkernels.api.distill.results import ARMS, TEACHER, TEACHER_TITLE, unit_name
+from kdkernels.api.distill.store import RunFolder, write_file, write_folder
+from kdkernels.api.distill.train import EvalSet, FitResult, Recipe, Runtime, TrainSet
+
+# The one teacher is the same whatever the students' seeds.
+TEACHER_SEED = 0
+
+
+class Pipeline:
+    """Does the units of one run in order, skipping the complete ones."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        folder: RunFolder,
+        runtime: Runtime,
+        display: Display,
+        corpus: Corpus,
+        teacher_source: Path,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.runtime = runtime
+        self.display = display
+        self.corpus = corpus
+        self.teacher_source = teacher_source
+        # Without texts of its own to transfer on, the teacher teaches on the training texts.
+        self.transfer = corpus.transfer or corpus.train.texts
+
+    def run(self) -> None:
+        """Does every unit that is not complete, then writes the report."""
+        corpus, config = self.corpus, self.config
+        self._check_data()
+        self.display.note(
+            f"{corpus.source}: {len(corpus.train)} labelled, {len(self.transfer)} transfer, "
+            f"{len(corpus.dev)} dev, {len(corpus.test)} test texts"
+        )
+        units: list[tuple[str, str, Callable[[str, Bar], dict[str, Any]]]] = [
+            (TEACHER, TEACHER_TITLE, self._teacher),
+            ("logits", "teacher's logits", self._logits),
+        ]
+        for arm, title in ARMS.items():
+            for seed in config.seeds:
+                units.append((unit_name(arm, seed), f"{title}, seed {seed}", self._student))
+        units.append(("student", "choose the student", self._keep_best))
+        units.append(("loss", "time the loss", self._time_loss))
+        if config.throughput:
+            units.append(("throughput", "time kd_loss at LM size", self._throughput))
+        with self.display.live(len(units)):
+            for unit, title, work in units:
+                self._do(unit, title, work)
+        done = {unit: self._result(unit) for unit, _, _ in units}
+        found = results.gather(done, config.seeds)
+        report.write(self.folder.path, config, found, corpus, self.runtime)
+        report.show(self.display.console, self.folder.path, found)
+
+    def _do(self, unit: str, title: str, work: Callable[[str, Bar], dict[str, Any]]) -> None:
+        """Does one unit unless it is complete."""
+        earlier = self.folder.result(unit)
+        if earlier is None:
+            started = time.perf_counter()
+            with self.display.unit(title) as bar:
+                result = work(unit, bar)
+            earlier = {**result, "seconds": time.perf_counter() - started}
+            self.folder.complete(unit, earlier)
+        accuracy = earlier.get("test_accuracy")
+        shown = "" if accuracy is None else f"test {accuracy:6.2f} %"
+        self.display.unit_done(f"{title:<42}{shown:<16}{earlier['seconds']:7.1f} s")
+
+    def _result(self, unit: str) -> dict[str, Any]:
+        """The result of a unit known to be complete."""
+        result = self.folder.result(unit)
+        if result is None:
+            raise DistillError(f"the run must keep state/{unit}.json, got it removed meanwhile")
+        return result
+
+    def _check_data(self) -> None:
+        """Raises when the texts are not those the run began with."""
+        corpus = self.corpus
+        splits = [corpus.train, corpus.dev, corpus.test]
+        content = [[split.texts, split.labels] for split in splits] + [corpus.transfer]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        earlier = self.folder.result("data")
+        if earlier is None:
+            self.folder.complete("data", {"sha256": digest})
+        elif earlier["sha256"] != digest:
+            raise DistillError(
+                f"data must be what the run began with, got other texts in {self.config.data}"
+            )
+
+    # Models and encoded texts are made when a unit needs them: a resumed run may need none.
+
+    @property
+    def _saved_teacher(self) -> Path:
+        """The fine-tuned teacher; the given one when it is used as it is."""
+        return self.folder.path / "teacher" if self.config.teacher_epochs else self.teacher_source
+
+    @cached_property
+    def _teacher_model(self) -> Classifier:
+        return self._load(self._saved_teacher, "teacher")
+
+    def _load(self, path: Path, argument: str) -> Classifier:
+        return models.load_classifier(path, self.corpus.label_names, argument)
+
+    def _new_student(self, seed: int) -> Classifier:
+        """A student as it is before training; its head depends on the seed alone."""
+        torch.manual_seed(seed)
+        if self.config.student is not None:
+            return self._load(Path(self.config.student), "student")
+        whole = self._load(self.teacher_source, "teacher")
+        return models.cut_layers(whole, self.config.student_layers)
+
+    def _encode(self, classifier: Classifier, texts: Sequence[str]) -> list[list[int]]:
+        return text.encode(classifier.tokenizer, texts, self.config.max_length)
+
+    def _fit(
+        self,
+        unit: str,
+        classifier: Classifier,
+        sets: list[TrainSet],
+        epochs: int,
+        seed: int,
+        bar: Bar,
+    ) -> FitResult:
+        """Trains a model, logging to the screen and to the run's log."""
+        config = self.config
+        if not config.train_embeddings:
+            models.freeze_embeddings(classifier.model)
+
+        def on_event(event: dict[str, Any]) -> None:
+            bar.event(event)
+            if "loss" in event:
+                kept = {key: event[key] for key in ("step", "loss", "lr")}
+                self.folder.log(unit, event="step", **kept)
+            if "dev_accuracy" in event:
+                self._log_evaluation(unit, event["step"], "dev", event["dev_accuracy"])
+
+        recipe = Recipe(
+            epochs, config.lr, config.batch_size, seed, config.temperature, config.alpha
+        )
+        dev = EvalSet(
+            self._encode(classifier, self.corpus.dev.texts), torch.tensor(self.corpus.dev.labels)
+        )
+        pad = classifier.tokenizer.pad_token_id
+        return train.fit(classifier.model, sets, dev, recipe, self.runtime, pad, on_event)
+
+    def _log_evaluation(self, unit: str, step: int, split: str, accuracy: float) -> None:
+        self.folder.log(unit, event="evaluation", step=step, split=split, accuracy=accuracy)
+
+    def _test(self, unit: str, classifier: Classifier, fitted: FitResult) -> dict[str, Any]:
+        """Evaluates on the test texts; returns the unit's result."""
+        test = self.corpus.test
+        ids = self._encode(classifier, test.texts)
+        started = time.perf_counter()
+        logits = train.predict(
+            classifier.model, ids, self.runtime, classifier.tokenizer.pad_token_id
+        )
+        seconds = time.perf_counter() - started
+        accuracy = train.accuracy(logits, torch.tensor(test.labels))
+        self._log_evaluation(unit, fitted.steps, "test", accuracy)
+        return {
+            "test_accuracy": accuracy,
+            "dev_accuracy": fitted.curve[-1][1] if fitted.curve else None,
+            "curve": fitted.curve,
+            "parameters": classifier.parameters,
+            "steps": fitted.steps,
+            "examples": fitted.examples,
+            "train_seconds": fitted.seconds,
+            "inference_rate": len(test) / seconds,
+        }
+
+    def _labelled_set(self, classifier: Classifier) -> TrainSet:
+        corpus = self.corpus
+        labels = torch.tensor(corpus.train.labels)
+        return TrainSet(self._encode(classifier, corpus.train.texts), labels=labels)
+
+    def _teacher(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Fine-tunes and saves the teacher, or just evaluates one that is used as it is."""
+        torch.manual_seed(TEACHER_SEED)
+        fitted = FitResult()
+        teacher = self._load(self.teacher_source, "teacher")
+        if self.config.teacher_epochs:
+            sets = [self._labelled_set(teacher)]
+            fitted = self._fit(unit, teacher, sets, self.config.teacher_epochs, TEACHER_SEED, bar)
+        result = self._test(unit, teacher, fitted)
+        if self.config.teacher_epochs:
+            write_folder(self._saved_teacher, teacher.save)
+        return result
+
+    def _logits(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Computes the teacher's logits once; every arm and seed reads them from the file."""
+        from safetensors.torch import save_file
+
+        texts = {"transfer": self.transfer, "train": self.corpus.train.texts}
+        bar.total(sum(map(len, texts.values())))
+        teacher = self._teacher_model
+        logits = {
+            name: train.predict(
+                teacher.model,
+                self._encode(teacher, chosen),
+                self.runtime,
+                teacher.tokenizer.pad_token_id,
+                bar.advance,
+            )
+            for name, chosen in texts.items()
+        }
+        write_file(self._logits_file, lambda path: save_file(logits, path))
+        return {"texts": {name: len(rows) for name, rows in logits.items()}}
+
+    @property
+    def _logits_file(self) -> Path:
+        return self.folder.state / "teacher-logits.safetensors"
+
+    @cached_property
+    def _teacher_logits(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return dict(load_file(self._logits_file))
+
+    def _student(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Trains and tests one student."""
+        arm, _, seed_text = unit.rpartition("-seed")
+        seed = int(seed_text)
+        student = self._new_student(seed)
+        sets = self._training_sets(arm, student)
+        epochs = self.config.label_epochs if arm == "labels" else self.config.epochs
+        torch.manual_seed(seed)
+        fitted = self._fit(unit, student, sets, epochs, seed, bar)
+        result = self._test(unit, student, fitted)
+        if arm == "distilled":
+            write_folder(self.folder.state / unit, student.save)
+        return result
+
+    def _training_sets(self, arm: str, student: Classifier) -> list[TrainSet]:
+        """What an arm learns from; all arms but the first see the same texts."""
+        if arm == "labels":
+            return [self._labelled_set(student)]
+        transfer = self._teacher_logits["transfer"]
+        ids = self._encode(student, self.transfer)
+        if arm == "hard":
+            return [TrainSet(ids, labels=transfer.argmax(-1))]
+        sets = [TrainSet(ids, teacher=transfer)]
+        if self.config.alpha < 1:
+            labelled = self._labelled_set(student)
+            sets.append(TrainSet(labelled.ids, labelled.labels, self._teacher_logits["train"]))
+        return sets
+
+    def _keep_best(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Moves the distilled student that did best on dev to ``student/``, drops the others."""
+        names = {seed: unit_name("distilled", seed) for seed in self.config.seeds}
+        best = max(names, key=lambda seed: self._result(names[seed])["dev_accuracy"])
+        source, target = self.folder.state / names[best], self.folder.path / "student"
+        # A missing source: a killed process had moved it before it could say so.
+        if source.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(source, target)
+        for name in names.values():
+            shutil.rmtree(self.folder.state / name, ignore_errors=True)
+        return {"seed": best}
+
+    def _time_loss(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Times the loss at the shape of a training step."""
+        classes = len(self.corpus.label_names)
+        config = self.config
+        times = measure.loss_times(config.batch_size, classes, config.temperature, self.runtime)
+        return {"times": times}
+
+    def _throughput(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Times the loss at language-model vocabularies."""
+        return {"rows": [dict(row) for row in measure.throughput()]}

@@ -1,0 +1,89 @@
+"""What the user sees while a run works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Display:
+    """Progress bars of one run: all units of work, and the one at hand."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<34}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]:<24}"),
+            console=console,
+        )
+        self._overall: TaskID | None = None
+
+    @contextmanager
+    def live(self, units: int) -> Iterator[None]:
+        """Shows the bars for the duration of the block."""
+        with self._progress:
+            self._overall = self._progress.add_task("whole run", total=units, detail="")
+            yield
+
+    @contextmanager
+    def unit(self, title: str) -> Iterator[Bar]:
+        """Shows a bar for one unit of work."""
+        task = self._progress.add_task(title, total=None, detail="")
+        try:
+            yield Bar(self._progress, task)
+        finally:
+            self._progress.remove_task(task)
+
+    def unit_done(self, line: str) -> None:
+        """Counts a unit as done and leaves a line on the screen."""
+        self.note(line)
+        if self._overall is not None:
+            self._progress.advance(self._overall)
+
+    def note(self, line: str) -> None:
+        """Prints a line above the bars."""
+        self._progress.console.print(line, highlight=False, markup=False)
+
+
+class Bar:
+    """The bar of one unit of work."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+        self._detail: dict[str, str] = {}
+
+    def total(self, count: int) -> None:
+        """Says how long the bar is."""
+        self._progress.update(self._task, total=count)
+
+    def advance(self, count: int) -> None:
+        """Moves the bar."""
+        self._progress.advance(self._task, count)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Shows a training step."""
+        if "loss" in event:
+            self._detail["loss"] = f"{event['loss']:.3f}"
+        if "dev_accuracy" in event:
+            self._detail["dev"] = f"{event['dev_accuracy']:.1f}%"
+        detail = " ".join(f"{key} {value}" for key, value in self._detail.items())
+        self._progress.update(
+            self._task, total=event["steps"], completed=event["step"], detail=detail
+        )

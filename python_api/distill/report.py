@@ -1,0 +1,175 @@
+"""The tables on the screen and the Markdown report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kdkernels.api.distill import fetch, plot
+from kdkernels.api.distill.config import DistillConfig, to_yaml
+from kdkernels.api.distill.data import Corpus
+from kdkernels.api.distill.results import TEACHER, Results, Row
+from kdkernels.api.distill.store import write_file, write_text
+from kdkernels.api.distill.train import Runtime
+
+COLUMNS = (
+    "model",
+    "test accuracy, %",
+    "parameters, M",
+    "training, texts/s",
+    "inference, texts/s",
+    "loss fused, µs",
+    "loss eager, µs",
+)
+PACKAGES = ("kdkernels", "torch", "transformers", "tokenizers", "safetensors", "matplotlib", "rich")
+LOSS_NOTE = (
+    "Loss: one forward and backward pass at the shape of a training step ({rows} x {classes} "
+    "logits), median."
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """One line of the main table."""
+    return (
+        row.title,
+        row.accuracy_text,
+        f"{row.parameters / 1e6:.2f}",
+        "-" if row.training_rate is None else f"{row.training_rate:,.0f}",
+        f"{row.inference_rate:,.0f}",
+        f"{row.loss_fused:.0f}",
+        f"{row.loss_eager:.0f}",
+    )
+
+
+def findings(found: Results) -> list[str]:
+    """What the table says, in sentences, gains and their sources kept apart."""
+    teacher, labels = found.row(TEACHER), found.row("labels")
+    hard, distilled = found.row("hard"), found.row("distilled")
+    sentences = [
+        f"The distilled student has {teacher.parameters / distilled.parameters:.1f} times fewer "
+        f"parameters than the teacher and is {distilled.inference_rate / teacher.inference_rate:.1f} "
+        f"times as fast; it is {distilled.mean - labels.mean:+.2f} points from the student that "
+        f"learnt from the labels alone and {distilled.mean - teacher.mean:+.2f} from the teacher.",
+        f"Of that, the teacher's hard labels on the transfer texts account for "
+        f"{hard.mean - labels.mean:+.2f} points and its soft ones for a further "
+        f"{distilled.mean - hard.mean:+.2f}.",
+    ]
+    if distilled.spread is None:
+        sentences.append("One seed says nothing about the spread: run several before comparing.")
+    return sentences
+
+
+def _value(value: Any) -> str:
+    """A cell of a table of unknown columns."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _rich_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def show(console: Console, folder: Path, found: Results) -> None:
+    """Prints the tables and where everything lies."""
+    seeds = len(found.rows[-1].accuracies)
+    title = f"distillation, students over {seeds} seed{'s' if seeds > 1 else ''}"
+    console.print(_rich_table(title, COLUMNS, [_cells(row) for row in found.rows]))
+    for sentence in findings(found):
+        console.print(sentence, highlight=False)
+    if found.throughput:
+        columns, lines = _generic(found.throughput)
+        console.print(_rich_table("kd_loss at language-model vocabularies", columns, lines))
+    console.print(f"student: {folder / 'student'}\nreport:  {folder / 'report.md'}", markup=False)
+
+
+def _generic(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of a table whose columns are the keys of its rows."""
+    columns = list(rows[0])
+    return columns, [[_value(row.get(column, "")) for column in columns] for row in rows]
+
+
+def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in columns[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *lines))
+
+
+def _machine(runtime: Runtime) -> str:
+    """The machine and precision, one line."""
+    name = (
+        torch.cuda.get_device_name(runtime.device)
+        if runtime.device.type == "cuda"
+        else f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    return f"{name}; {'bf16 autocast' if runtime.bf16 else 'fp32'}; {platform.system()}"
+
+
+def _licences(config: DistillConfig) -> list[str]:
+    """Licences of what the run downloaded."""
+    archives = [] if config.teacher else [fetch.TEACHER]
+    archives += [] if config.data else [fetch.SENTIMENT]
+    return [
+        f"{archive.licence}; {archive.project} {archive.version}, sha256 `{archive.sha256}`"
+        for archive in archives
+    ]
+
+
+def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Runtime) -> str:
+    """The report as Markdown."""
+    transfer = len(corpus.transfer) or len(corpus.train)
+    seeds = ", ".join(map(str, config.seeds))
+    each = "\n".join(
+        f"- {row.title}: " + ", ".join(f"{value:.2f}" for value in row.accuracies)
+        for row in found.rows
+    )
+    note = LOSS_NOTE.format(rows=config.batch_size, classes=len(corpus.label_names))
+    parts = [
+        f"# Distillation run `{config.name}`",
+        _markdown_table(COLUMNS, [_cells(row) for row in found.rows]),
+        f"Mean and standard deviation over the students' seeds ({seeds}); the teacher was "
+        f"fine-tuned once. {note}",
+        "\n".join(findings(found)),
+        "![Dev accuracy while training, and test accuracy](curves.png)",
+        f"Test accuracy of each seed:\n\n{each}",
+    ]
+    if found.throughput:
+        parts.append("## kd_loss at language-model vocabularies")
+        parts.append(_markdown_table(*_generic(found.throughput)))
+    parts += [
+        "## Data",
+        f"{corpus.source}. Labels: {', '.join(corpus.label_names)}. {len(corpus.train):,} labelled "
+        f"training texts, {transfer:,} transfer texts, {len(corpus.dev):,} dev texts, "
+        f"{len(corpus.test):,} test texts. The dev texts chose which seed's student is in "
+        f"`student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
+        "\n".join(f"- {line}" for line in _licences(config)),
+        "## Configuration",
+        f"```yaml\n{to_yaml(config)}```",
+        "## Time",
+        _markdown_table(
+            ("phase", "seconds"), [(name, f"{s:.1f}") for name, s in found.phases.items()]
+        ),
+        "## Versions",
+        f"Python {platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+        + f". {_machine(runtime)}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write(
+    folder: Path, config: DistillConfig, found: Results, corpus: Corpus, runtime: Runtime
+) -> None:
+    """Writes the picture and the report into the run's folder."""
+    write_file(folder / "curves.png", lambda path: plot.save(path, found))
+    write_text(folder / "report.md", markdown(config, found, corpus, runtime))

@@ -1,0 +1,109 @@
+"""Opens or reopens a run, gathers what it needs, and hands over to the pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kdkernels.api.distill import config as configs
+from kdkernels.api.distill import fetch
+from kdkernels.api.distill.config import DistillConfig
+from kdkernels.api.distill.data import Corpus, Limits
+from kdkernels.api.distill.errors import require
+from kdkernels.api.distill.own_data import load_own
+from kdkernels.api.distill.pipeline import Pipeline
+from kdkernels.api.distill.progress import Display
+from kdkernels.api.distill.sentiment import load_sentiment
+from kdkernels.api.distill.store import RunFolder, disk_error
+from kdkernels.api.distill.train import Runtime
+
+
+def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
+    """Runs or resumes a distillation.
+
+    Args:
+        given: Configuration values the user chose; the rest takes its default or, on resume, the
+            stored run's value.
+        resume: Whether to continue an existing run.
+        console: Where to print.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        DistillError: Anything the user can act on.
+    """
+    _quiet_transformers()
+    config = open_config(given, resume)
+    runtime = choose_runtime(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    display = Display(console)
+    corpus = load_corpus(config, display)
+    teacher = Path(config.teacher) if config.teacher else fetch.teacher_folder(display.note)
+    folder = RunFolder(config.folder)
+    try:
+        if not folder.config_file.is_file():
+            folder.create(configs.to_yaml(config))
+        with folder.locked():
+            Pipeline(config, folder, runtime, display, corpus, teacher).run()
+    except Exception as error:
+        sentence = disk_error(error, config.folder)
+        if sentence is None:
+            raise
+        raise sentence from error
+    return config.folder
+
+
+def _quiet_transformers() -> None:
+    """Keeps transformers from reaching for a network and from talking over the progress bars."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def open_config(given: Mapping[str, Any], resume: bool) -> DistillConfig:
+    """The configuration of the run; what is on disk must fit what the user asks for."""
+    config = configs.make_config(given)
+    if not resume:
+        contract = "name a run that does not exist yet (--resume continues one)"
+        require(not config.folder.exists(), "name", contract, config.folder)
+        return config
+    require(config.folder.is_dir(), "resume", "continue a run that exists", config.folder)
+    file = RunFolder(config.folder).config_file
+    if not file.is_file():
+        return config  # killed before it had begun
+    stored = configs.from_yaml(file.read_text(encoding="utf-8"))
+    configs.check_same(stored, given)
+    configs.validate(stored)
+    return dataclasses.replace(stored, name=config.name, out=config.out)
+
+
+def choose_runtime(config: DistillConfig) -> Runtime:
+    """Device and precision: bf16 where the processor computes in it, fp32 elsewhere."""
+    cuda = torch.cuda.is_available()
+    require(cuda or config.device != "cuda", "device", "be available", "cuda without a usable GPU")
+    device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if config.precision != "auto":
+        return Runtime(device, config.precision == "bf16")
+    if device.type == "cuda":
+        return Runtime(device, torch.cuda.is_bf16_supported())
+    capabilities = torch.cpu.get_capabilities()
+    return Runtime(device, bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
+
+
+def load_corpus(config: DistillConfig, display: Display) -> Corpus:
+    """The user's data, or the demo's."""
+    limits = Limits(config.labels, config.transfer, config.test, exact=not config.quick)
+    if config.data is not None:
+        return load_own(Path(config.data), limits)
+    return load_sentiment(fetch.fetch(fetch.SENTIMENT, display.note), limits)

@@ -1,0 +1,247 @@
+"""The training and evaluation loops: ordinary PyTorch around ``kdkernels.kd_loss``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels.api.distill.text import collate, inference_batches, training_batches
+
+INFERENCE_BATCH = 64
+LOG_EVERY = 20
+WEIGHT_DECAY = 0.01
+WARMUP_FRACTION = 0.06
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision models run."""
+
+    device: torch.device
+    bf16: bool
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The autocast context of every forward pass."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """Tokenised texts with what there is to learn from: labels, teacher logits, or both.
+
+    Attributes:
+        ids: Token ids of each text.
+        labels: int64 ``[texts]``, or None.
+        teacher: fp32 teacher logits ``[texts, classes]``, or None.
+    """
+
+    ids: Sequence[Sequence[int]]
+    labels: Tensor | None = None
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Tokenised texts with their labels, int64 ``[texts]``."""
+
+    ids: Sequence[Sequence[int]]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters of one fit."""
+
+    epochs: int
+    lr: float
+    batch_size: int
+    seed: int
+    temperature: float = 1.0
+    alpha: float = 1.0
+    evaluations: int = 5
+
+
+@dataclass
+class FitResult:
+    """What one fit reports.
+
+    Attributes:
+        seconds: Time in training steps, without evaluations.
+        examples: Texts trained on, counted once per epoch.
+        curve: ``(step, dev accuracy)`` at each evaluation.
+    """
+
+    seconds: float = 0.0
+    examples: int = 0
+    steps: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+def objective(
+    logits: Tensor, teacher: Tensor | None, labels: Tensor | None, recipe: Recipe
+) -> Tensor:
+    """The loss of one batch, by what the batch offers.
+
+    Labels alone give cross-entropy, teacher logits alone ``alpha`` times the temperature-scaled
+    KL divergence, both give ``(1 - alpha) * CE + alpha * T^2 * KL``.
+
+    Args:
+        logits: ``[batch, classes]``.
+        teacher: fp32 ``[batch, classes]`` or None.
+        labels: int64 ``[batch]`` or None.
+        recipe: Supplies ``temperature`` and ``alpha``.
+
+    Returns:
+        The mean loss, a scalar.
+    """
+    if teacher is None:
+        return kdkernels.kd_loss(logits, None, labels)
+    if labels is None:
+        return kdkernels.kd_loss(
+            logits, teacher, temperature=recipe.temperature, kd_weight=recipe.alpha
+        )
+    return kdkernels.kd_loss(
+        logits, teacher, labels, temperature=recipe.temperature, alpha=recipe.alpha
+    )
+
+
+def _schedule(sets: Sequence[TrainSet], recipe: Recipe) -> list[tuple[TrainSet, list[int]]]:
+    """All batches of all epochs; a batch comes from one set, the sets are mixed."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    steps: list[tuple[TrainSet, list[int]]] = []
+    for _ in range(recipe.epochs):
+        epoch = []
+        for train_set in sets:
+            lengths = [len(ids) for ids in train_set.ids]
+            for rows in training_batches(lengths, recipe.batch_size, generator):
+                epoch.append((train_set, rows))
+        steps += [epoch[i] for i in torch.randperm(len(epoch), generator=generator).tolist()]
+    return steps
+
+
+def _optimizer(
+    model: Any, recipe: Recipe, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with a short warm-up and linear decay to zero."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    warmup = max(1, int(WARMUP_FRACTION * steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)),
+    )
+    return optimizer, scheduler
+
+
+def fit(
+    model: Any,
+    sets: Sequence[TrainSet],
+    dev: EvalSet,
+    recipe: Recipe,
+    runtime: Runtime,
+    pad_id: int,
+    on_event: Callable[[dict[str, Any]], None],
+) -> FitResult:
+    """Trains a classifier in place.
+
+    Args:
+        model: A transformers sequence classifier.
+        sets: What to train on.
+        dev: Held-out texts evaluated on during training; they choose nothing here.
+        recipe: Hyperparameters.
+        runtime: Device and precision.
+        pad_id: Padding token of the model's tokenizer.
+        on_event: Called after every step (``step``, ``steps``), with ``loss`` and ``lr`` on
+            logged steps and ``dev_accuracy`` at evaluations.
+
+    Returns:
+        Timing and the dev curve.
+    """
+    model.to(runtime.device)
+    schedule = _schedule(sets, recipe)
+    optimizer, scheduler = _optimizer(model, recipe, len(schedule))
+    evaluate_every = max(1, -(-len(schedule) // recipe.evaluations))
+    result = FitResult(steps=len(schedule))
+    for step, (train_set, rows) in enumerate(schedule, start=1):
+        started = time.perf_counter()
+        loss = _train_step(model, train_set, rows, optimizer, recipe, runtime, pad_id)
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+        event: dict[str, Any] = {"step": step, "steps": len(schedule)}
+        if step % LOG_EVERY == 0 or step == len(schedule):
+            event |= {"loss": loss.item(), "lr": lr}
+        result.seconds += time.perf_counter() - started
+        result.examples += len(rows)
+        if step % evaluate_every == 0 or step == len(schedule):
+            event["dev_accuracy"] = accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
+            result.curve.append((step, event["dev_accuracy"]))
+        on_event(event)
+    return result
+
+
+def _train_step(
+    model: Any,
+    train_set: TrainSet,
+    rows: list[int],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    runtime: Runtime,
+    pad_id: int,
+) -> Tensor:
+    """One optimizer step; returns the detached loss."""
+    model.train()
+    batch = collate(train_set.ids, rows, pad_id, runtime.device)
+    labels = None if train_set.labels is None else train_set.labels[rows].to(runtime.device)
+    teacher = None if train_set.teacher is None else train_set.teacher[rows].to(runtime.device)
+    with runtime.autocast():
+        logits = model(**batch).logits
+    loss = objective(logits.float(), teacher, labels, recipe)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+@torch.inference_mode()
+def predict(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    runtime: Runtime,
+    pad_id: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Computes the logits of tokenised texts.
+
+    Args:
+        model: A transformers sequence classifier; left in evaluation mode.
+        ids: Token ids of each text.
+        runtime: Device and precision.
+        pad_id: Padding token of the model's tokenizer.
+        on_batch: Called with the number of texts of each finished batch.
+
+    Returns:
+        fp32 logits ``[texts, classes]`` on the CPU, in the order of ``ids``.
+    """
+    model.to(runtime.device).eval()
+    logits = torch.empty(len(ids), model.config.num_labels)
+    for rows in inference_batches([len(row) for row in ids], INFERENCE_BATCH):
+        with runtime.autocast():
+            out = model(**collate(ids, rows, pad_id, runtime.device)).logits
+        logits[rows] = out.float().cpu()
+        if on_batch is not None:
+            on_batch(len(rows))
+    return logits.clone()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is at the label, in percent."""
+    return 100.0 * (logits.argmax(-1) == labels).float().mean().item()

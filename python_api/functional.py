@@ -1,0 +1,715 @@
+"""The losses as functions: any leading dimensions, masks, reductions, papers' conventions."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops import kd_loss as op
+from kdkernels.ops.kd_loss import Divergence, Spec
+
+DIVERGENCES = {
+    "forward_kl": Divergence.FORWARD_KL,
+    "soft_ce": Divergence.SOFT_CE,
+    "reverse_kl": Divergence.REVERSE_KL,
+    "jsd": Divergence.JSD,
+    "tvd": Divergence.TVD,
+}
+REDUCTIONS = ("mean", "batchmean", "sum", "none", "element_mean")
+
+
+class KDParts(NamedTuple):
+    """A loss and what it is made of: ``loss = ce_weight * ce + kd_weight * kd + extra``.
+
+    Every field is a 0-dim tensor on the device of the logits, reduced like the loss; only ``loss``
+    carries a gradient. Nothing was synchronised to make them: log them when you sync anyway.
+    """
+
+    loss: Tensor
+    kd: Tensor  # divergence, T^2 included where scale_t2 is on
+    ce: Tensor  # hard cross-entropy
+    extra: Tensor  # z_loss * mean logsumexp^2
+    n_valid: Tensor  # valid rows of this call
+
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    ce_weight: float | None = None,
+    kd_weight: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    scale_t2: bool = True,
+    label_smoothing: float = 0.0,
+    smoothing_convention: str = "torch",
+    z_loss: float = 0.0,
+    logit_scale: float | tuple[float, float] = 1.0,
+    softcap: float | None | tuple[float | None, float | None] = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    inplace: bool = False,
+    return_parts: bool = False,
+    backend: str | None = None,
+) -> Tensor | KDParts:
+    r"""Hard cross-entropy and a teacher-student divergence in one pass over the logits.
+
+    Per valid row, with ``z = softcap * tanh(logit_scale * logits / softcap)`` of each model::
+
+        loss = ce_weight * CE(z_s, label) + kd_weight * T^2 * D(softmax(z_t / T), softmax(z_s / T))
+               + z_loss * logsumexp(z_s)^2
+
+    Args:
+        student_logits: ``[..., vocab]``, float32, bfloat16, float16 or float64. Gets the gradient.
+        teacher_logits: ``[..., vocab]``, any of these dtypes; must not require grad. ``None``: no
+            divergence, plain (smoothed) cross-entropy.
+        labels: ``[...]`` integers in ``[0, vocab)`` or ``ignore_index``; ``None``: divergence only.
+        temperature: ``T > 0`` of the divergence. Cross-entropy is always at temperature 1.
+        alpha: weight of the divergence; expands to ``ce_weight=1 - alpha, kd_weight=alpha``.
+            Default: 0.5 with teacher and labels, 1 without labels, 0 without a teacher.
+        ce_weight: weight of cross-entropy; together with ``kd_weight``, instead of ``alpha``.
+        kd_weight: weight of the divergence; together with ``ce_weight``.
+        divergence: ``forward_kl`` (KL(teacher || student)), ``soft_ce`` (forward KL plus the
+            teacher's entropy: same gradient), ``reverse_kl`` (KL(student || teacher)), ``jsd``
+            (``beta KL(t || m) + (1 - beta) KL(s || m)``, ``m = beta t + (1 - beta) s``) or ``tvd``
+            (half the L1 distance).
+        beta: teacher's weight in the mixture of ``jsd``, in [0, 1]; 0 is forward and 1 reverse KL,
+            as in TRL and Liger (the formula's own limits there are 0).
+        scale_t2: multiply the divergence by ``temperature ** 2``.
+        label_smoothing: share of the label's probability spread over the classes, in [0, 1].
+        smoothing_convention: ``torch`` spreads it over all classes, ``tfkd`` over the other ones.
+        z_loss: weight of the squared log-partition of the student.
+        logit_scale: factor of the logits before the cap; a pair means (student, teacher).
+        softcap: Gemma's logit cap; ``None`` for none; a pair means (student, teacher).
+        vocab_size: number of real classes where the logits have padding columns: those from
+            ``vocab_size`` on get no probability and no gradient, and the two models may then have
+            different numbers of columns. ``None``: no padding, equal shapes.
+        ignore_index: label of rows to leave out.
+        mask: ``[...]`` bool or 0/1; rows that are 0 are left out. They are never read, so they may
+            hold NaN.
+        shift: 1 for causal language models whose labels, mask and row weights are aligned with the
+            *input* tokens: position i is then scored against position i + 1. 0: already aligned.
+        reduction: ``mean`` (per valid row), ``batchmean`` (by the first size of the logits),
+            ``sum``, ``none`` (one value a row, 0 where left out), ``element_mean`` (cross-entropy
+            per valid row, the divergence also divided by the number of classes: torch's
+            ``kl_div(reduction="mean")``).
+        num_items_in_batch: divides the sum instead (gradient accumulation, several processes).
+        row_weights: ``[...]`` factors of the rows' losses; they do not change the denominator.
+        inplace: overwrite ``student_logits`` with their gradient: saves one tensor of that size.
+            The logits are lost; they must not be a leaf and their producer must not need them.
+        return_parts: return :class:`KDParts` instead of the loss.
+        backend: ``native``, ``triton`` or ``reference``; ``None`` chooses. A named backend never
+            falls back to another one.
+
+    Returns:
+        The loss, ``[]`` (``[...]`` with ``reduction="none"``); float64 for float64 logits, else
+        float32. Or :class:`KDParts`.
+
+    Raises:
+        ValueError: shapes, values or devices that do not fit; the message names the argument.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: the named backend cannot run this call.
+
+    Note:
+        Arithmetic is float32 (float64 for float64 logits). Logits of ``-inf`` are masked classes.
+        Without a valid row the loss and the gradient are 0. The gradient is computed in the
+        forward pass and kept (one tensor like the logits); with ``reduction="none"`` the logits
+        are kept and the gradient is computed in the backward pass. On CUDA an out-of-range label
+        gives NaN for its row, because a check would synchronise.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> student = torch.randn(4, 100, requires_grad=True)
+        >>> teacher, labels = torch.randn(4, 100), torch.tensor([1, 5, -100, 7])
+        >>> loss = kdkernels.kd_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
+        >>> loss.backward()
+        >>> student.grad[2].abs().sum().item()
+        0.0
+    """
+    build = _kd_spec.__wrapped__ if torch.compiler.is_compiling() else _kd_spec
+    spec, t2 = build(
+        temperature,
+        alpha,
+        ce_weight,
+        kd_weight,
+        divergence,
+        beta,
+        scale_t2,
+        label_smoothing,
+        smoothing_convention,
+        z_loss,
+        logit_scale,
+        softcap,
+        -1 if vocab_size is None else vocab_size,
+        ignore_index,
+        reduction,
+        teacher_logits is not None,
+        labels is not None,
+        return_parts,
+        student_logits.shape[-1] if label_smoothing or reduction == "element_mean" else 0,
+    )
+    return _reduce(
+        student_logits,
+        teacher_logits,
+        labels,
+        spec,
+        t2,
+        mask=mask,
+        shift=shift,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        row_weights=row_weights,
+        inplace=inplace,
+        return_parts=return_parts,
+        backend=backend,
+    )
+
+
+def label_smoothing_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.1,
+    convention: str = "torch",
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy against smoothed labels, without a target row.
+
+    ``loss = (1 - e) CE(z, label) + e mean_k(-log p_k)`` with ``e = label_smoothing``; the
+    ``tfkd`` convention spreads over the other classes only (``e`` is then scaled by K / (K - 1)).
+
+    Args:
+        logits: ``[..., vocab]`` float.
+        labels: ``[...]`` integers.
+        label_smoothing: share taken from the label, in [0, 1].
+        convention: ``torch`` or ``tfkd``.
+        ignore_index: as in :func:`kd_loss`, like every argument that follows.
+        mask: rows to use.
+        shift: 1 for labels aligned with the input tokens.
+        reduction: ``mean``, ``batchmean``, ``sum`` or ``none``.
+        num_items_in_batch: denominator.
+        row_weights: factors of the rows' losses.
+        backend: as in :func:`kd_loss`.
+
+    Returns:
+        The loss, ``[]`` or ``[...]``, as :func:`kd_loss`.
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture", 2016.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> kdkernels.label_smoothing_loss(torch.zeros(2, 4), torch.tensor([0, 1])).item() > 1.38
+        True
+    """
+    loss = kd_loss(
+        logits,
+        None,
+        labels,
+        label_smoothing=label_smoothing,
+        smoothing_convention=convention,
+        ignore_index=ignore_index,
+        mask=mask,
+        shift=shift,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        row_weights=row_weights,
+        backend=backend,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def tfkd_reg_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    temperature: float,
+    correct_prob: float = 0.99,
+    multiplier: float = 1.0,
+    mode: str = "softmax_of_prob",
+    scale_t2: bool = False,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Teacher-free distillation from a virtual teacher (Tf-KD regularisation), in closed form.
+
+    The virtual teacher ``p_d`` gives ``correct_prob`` to the label and spreads the rest evenly::
+
+        loss = (1 - alpha) CE(z, label) + alpha * multiplier * KL(p_d' || p)
+
+    Args:
+        logits: ``[..., vocab]`` float.
+        labels: ``[...]`` integers.
+        alpha: weight of the virtual teacher.
+        temperature: ``T`` by which the virtual teacher is softened.
+        correct_prob: its probability of the label, in (0, 1).
+        multiplier: extra factor of its term (the released code uses 1, 50 or 100 against its
+            element-wise mean).
+        mode: ``softmax_of_prob``, the released code: ``p_d' = softmax(p_d / T)``, the student at
+            temperature 1. ``target``, the formula: ``p_d' ~ p_d ** (1 / T)``, the student at ``T``.
+        scale_t2: multiply the term by ``T ** 2``.
+        ignore_index: as in :func:`kd_loss`, like every argument that follows.
+        mask: rows to use.
+        shift: 1 for labels aligned with the input tokens.
+        reduction: as in :func:`kd_loss`; the released code's is ``element_mean``.
+        num_items_in_batch: denominator.
+        row_weights: factors of the rows' losses.
+        backend: as in :func:`kd_loss`.
+
+    Returns:
+        The loss, ``[]`` or ``[...]``, as :func:`kd_loss`.
+
+    Source: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing
+    Regularization", CVPR 2020.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> logits = torch.randn(4, 10, requires_grad=True)
+        >>> kdkernels.tfkd_reg_loss(logits, torch.arange(4), alpha=0.1, temperature=20.0).backward()
+    """
+    name = "tfkd_reg_loss"
+    _number(name, "alpha", alpha, 0.0, 1.0)
+    _positive(name, "temperature", temperature)
+    _number(name, "correct_prob", correct_prob, 0.0, 1.0)
+    _choice(name, "mode", mode, ("softmax_of_prob", "target"))
+    _choice(name, "reduction", reduction, REDUCTIONS)
+    classes = logits.shape[-1]
+    rest = (1.0 - correct_prob) / max(classes - 1, 1)
+    if mode == "target":
+        on_label, other = correct_prob ** (1.0 / temperature), rest ** (1.0 / temperature)
+    else:
+        on_label, other = math.exp(correct_prob / temperature), math.exp(rest / temperature)
+    weight = alpha * multiplier * (temperature**2 if scale_t2 else 1.0)
+    spec = Spec(
+        divergence=Divergence.SPIKE,
+        beta=on_label / (on_label + (classes - 1) * other),
+        temperature=float(temperature) if mode == "target" else 1.0,
+        ce_weight=1.0 - alpha,
+        kd_weight=weight / classes if reduction == "element_mean" else weight,
+        ignore_index=ignore_index,
+        mean=reduction in ("mean", "element_mean"),
+    )
+    loss = _reduce(
+        logits,
+        None,
+        labels,
+        spec,
+        1.0,
+        mask=mask,
+        shift=shift,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        row_weights=row_weights,
+        backend=backend,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def tfkd_self_loss(
+    logits: Tensor,
+    pretrained_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    temperature: float,
+    multiplier: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Teacher-free distillation from a trained copy of the student itself (Tf-KD self-training).
+
+    ``loss = (1 - alpha) CE + alpha * multiplier * T^2 * KL(pretrained_T || student_T)``.
+
+    Args:
+        logits: ``[..., vocab]`` float.
+        pretrained_logits: ``[..., vocab]``, of the frozen, normally trained copy.
+        labels: ``[...]`` integers.
+        alpha: weight of the self-teacher.
+        temperature: ``T``.
+        multiplier: extra factor of its term, as in the released code.
+        ignore_index: as in :func:`kd_loss`, like every argument that follows.
+        mask: rows to use.
+        shift: 1 for labels aligned with the input tokens.
+        reduction: as in :func:`kd_loss`; the released code's is ``element_mean``.
+        num_items_in_batch: denominator.
+        row_weights: factors of the rows' losses.
+        backend: as in :func:`kd_loss`.
+
+    Returns:
+        The loss, ``[]`` or ``[...]``, as :func:`kd_loss`.
+
+    Source: Yuan et al., CVPR 2020.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> logits, before = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+        >>> kdkernels.tfkd_self_loss(
+        ...     logits, before, torch.arange(4), alpha=0.9, temperature=6.0
+        ... ).backward()
+    """
+    _number("tfkd_self_loss", "alpha", alpha, 0.0, 1.0)
+    loss = kd_loss(
+        logits,
+        pretrained_logits,
+        labels,
+        temperature=temperature,
+        ce_weight=1.0 - alpha,
+        kd_weight=alpha * multiplier,
+        ignore_index=ignore_index,
+        mask=mask,
+        shift=shift,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        row_weights=row_weights,
+        backend=backend,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def confidence_penalty_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 0.1,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy minus ``beta`` times the entropy of the student.
+
+    ``loss = CE(z, label) - beta * H(softmax(z))``.
+
+    Args:
+        logits: ``[..., vocab]`` float.
+        labels: ``[...]`` integers.
+        beta: weight of the penalty, at least 0.
+        ignore_index: as in :func:`kd_loss`, like every argument that follows.
+        mask: rows to use.
+        shift: 1 for labels aligned with the input tokens.
+        reduction: as in :func:`kd_loss`.
+        num_items_in_batch: denominator.
+        row_weights: factors of the rows' losses.
+        backend: as in :func:`kd_loss`.
+
+    Returns:
+        The loss, ``[]`` or ``[...]``, as :func:`kd_loss`.
+
+    Source: Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output
+    Distributions", 2017.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> uniform = kdkernels.confidence_penalty_loss(torch.zeros(1, 4), torch.tensor([0]))
+        >>> round(uniform.item(), 4)  # log 4 - 0.1 log 4
+        1.2477
+    """
+    _number("confidence_penalty_loss", "beta", beta, 0.0, math.inf)
+    _choice("confidence_penalty_loss", "reduction", reduction, REDUCTIONS)
+    spec = Spec(
+        divergence=Divergence.NEG_ENTROPY,
+        ce_weight=1.0,
+        kd_weight=beta / logits.shape[-1] if reduction == "element_mean" else float(beta),
+        ignore_index=ignore_index,
+        mean=reduction in ("mean", "element_mean"),
+    )
+    loss = _reduce(
+        logits,
+        None,
+        labels,
+        spec,
+        1.0,
+        mask=mask,
+        shift=shift,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        row_weights=row_weights,
+        backend=backend,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _reduce(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
+    t2: float,
+    *,
+    mask: Tensor | None,
+    shift: int,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    row_weights: Tensor | None,
+    backend: str | None,
+    inplace: bool = False,
+    return_parts: bool = False,
+) -> Tensor | KDParts:
+    """Flattens leading dimensions, folds mask and shift into labels, reduces."""
+    leading = student.shape[:-1]
+    if labels is not None or mask is not None or row_weights is not None or shift:
+        labels, row_weights = _fold(student, labels, mask, row_weights, spec.ignore_index, shift)
+    if student.dim() != 2:
+        if student.dim() == 0:
+            raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
+        _same_leading(student, teacher)
+        student = student.reshape(-1, student.shape[-1])
+        teacher = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
+    if reduction == "none":
+        if return_parts or num_items_in_batch is not None or inplace:
+            raise ValueError(
+                "kd_loss: reduction must not be 'none' with return_parts, num_items_in_batch or "
+                "inplace, got 'none'"
+            )
+        rows = op.kd_loss_rows(student, teacher, labels, row_weights, spec, backend=backend)
+        return rows.view(leading)
+    denominator = None
+    if num_items_in_batch is not None:
+        denominator = _denominator(student, num_items_in_batch)
+    elif reduction == "batchmean":
+        denominator = torch.full((), leading[0] if leading else 1, device=student.device).float()
+    loss, parts = op.kd_loss(
+        student, teacher, labels, row_weights, denominator, spec, inplace=inplace, backend=backend
+    )
+    if not return_parts:
+        return loss
+    return KDParts(loss, parts[1] * t2, parts[0], parts[2] * spec.z_loss, parts[3])
+
+
+def _fold(
+    student: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    row_weights: Tensor | None,
+    ignore_index: int,
+    shift: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels with mask and shift in them, and row weights, both flat."""
+    leading = student.shape[:-1]
+    for name, x in (("labels", labels), ("mask", mask), ("row_weights", row_weights)):
+        if x is not None and x.shape != leading:
+            raise ValueError(
+                f"kd_loss: {name} must have the leading shape of student {list(leading)}, "
+                f"got {list(x.shape)}"
+            )
+    if labels is not None and labels.dtype != torch.int64:
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise TypeError(f"kd_loss: labels must be integers, got {labels.dtype}")
+        labels = labels.long()
+    if mask is not None:
+        keep = mask if mask.dtype == torch.bool else mask != 0
+        labels = torch.where(keep, 0 if labels is None else labels, ignore_index)
+    if shift:
+        if shift != 1 or len(leading) < 1:
+            raise ValueError(f"kd_loss: shift must be 0, or 1 for sequences, got {shift!r}")
+        if labels is None:
+            labels = student.new_zeros(leading, dtype=torch.int64)
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        if row_weights is not None:
+            row_weights = torch.nn.functional.pad(row_weights[..., 1:], (0, 1))
+    if labels is not None and labels.dim() != 1:
+        labels = labels.reshape(-1)
+    if row_weights is not None:
+        _check_weights(row_weights)
+        row_weights = row_weights.reshape(-1)
+    return labels, row_weights
+
+
+def _check_weights(row_weights: Tensor) -> None:
+    """Weights on the CPU can be looked at without a synchronisation."""
+    if row_weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not torch.isfinite(row_weights).all():
+        raise ValueError("kd_loss: row_weights must be finite, got NaN or inf")
+
+
+def _same_leading(student: Tensor, teacher: Tensor | None) -> None:
+    if teacher is not None and teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"kd_loss: teacher must have the shape of student {list(student.shape)}, "
+            f"got {list(teacher.shape)}"
+        )
+
+
+def _denominator(student: Tensor, count: int | Tensor) -> Tensor:
+    # A tensor, also for a number: a number that changes each step would recompile each step.
+    if isinstance(count, Tensor):
+        if count.numel() != 1:
+            raise ValueError(
+                f"kd_loss: num_items_in_batch must be one number, got shape {list(count.shape)}"
+            )
+        return count.detach().reshape(()).to(student.device, torch.float32)
+    if count < 0:
+        raise ValueError(f"kd_loss: num_items_in_batch must not be negative, got {count}")
+    return torch.full((), count, device=student.device, dtype=torch.float32)
+
+
+@lru_cache(maxsize=256)
+def _kd_spec(
+    temperature: float,
+    alpha: float | None,
+    ce_weight: float | None,
+    kd_weight: float | None,
+    divergence: str,
+    beta: float,
+    scale_t2: bool,
+    label_smoothing: float,
+    smoothing_convention: str,
+    z_loss: float,
+    logit_scale: float | tuple[float, float],
+    softcap: float | None | tuple[float | None, float | None],
+    classes: int,
+    ignore_index: int,
+    reduction: str,
+    has_teacher: bool,
+    has_labels: bool,
+    return_parts: bool,
+    columns: int,
+) -> tuple[Spec, float]:
+    """Validates the numbers of a ``kd_loss`` call; cached, so it costs nothing in a loop."""
+    name = "kd_loss"
+    _positive(name, "temperature", temperature)
+    _choice(name, "divergence", divergence, tuple(DIVERGENCES))
+    _choice(name, "reduction", reduction, REDUCTIONS)
+    _choice(name, "smoothing_convention", smoothing_convention, ("torch", "tfkd"))
+    _number(name, "beta", beta, 0.0, 1.0)
+    _number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
+    _number(name, "z_loss", z_loss, 0.0, math.inf)
+    if classes == 0 or classes < -1:
+        raise ValueError(f"kd_loss: vocab_size must be at least 1, got {classes}")
+    ce, kd = _weights(alpha, ce_weight, kd_weight, has_teacher, has_labels)
+    kind = DIVERGENCES[divergence]
+    if kind == Divergence.JSD and beta in (0.0, 1.0):
+        # The limits that users of beta expect; the formula itself gives 0 there.
+        kind = Divergence.FORWARD_KL if beta == 0.0 else Divergence.REVERSE_KL
+    if not has_teacher or (kd == 0.0 and not return_parts):
+        kind = Divergence.NONE
+    real = classes if classes > 0 else columns
+    if label_smoothing and smoothing_convention == "tfkd":
+        label_smoothing = label_smoothing * real / (real - 1) if real > 1 else 0.0
+    t2 = float(temperature) ** 2 if scale_t2 else 1.0
+    if reduction == "element_mean":
+        t2 /= real
+    scales, caps = _pair(name, "logit_scale", logit_scale), _pair(name, "softcap", softcap)
+    for cap in caps:
+        if cap is not None:
+            _positive(name, "softcap", cap)
+    for scale in scales:
+        _number(name, "logit_scale", scale, -math.inf, math.inf)
+    spec = Spec(
+        divergence=int(kind),
+        beta=float(beta),
+        temperature=float(temperature),
+        ce_weight=ce,
+        kd_weight=kd * t2,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        student_scale=float(scales[0] or 0.0),
+        teacher_scale=float(scales[1] or 0.0),
+        student_softcap=float(caps[0] or 0.0),
+        teacher_softcap=float(caps[1] or 0.0),
+        ignore_index=ignore_index,
+        classes=classes,
+        mean=reduction in ("mean", "element_mean"),
+        want_ce=return_parts and has_labels,
+    )
+    return spec, t2
+
+
+def _weights(
+    alpha: float | None,
+    ce_weight: float | None,
+    kd_weight: float | None,
+    has_teacher: bool,
+    has_labels: bool,
+) -> tuple[float, float]:
+    """``(ce_weight, kd_weight)`` from either form, checked against what is there."""
+    if alpha is not None and (ce_weight is not None or kd_weight is not None):
+        raise ValueError("kd_loss: alpha must not be given together with ce_weight or kd_weight")
+    if (ce_weight is None) != (kd_weight is None):
+        raise ValueError("kd_loss: ce_weight and kd_weight must be given together")
+    if alpha is not None:
+        _number("kd_loss", "alpha", alpha, 0.0, 1.0)
+        ce, kd = 1.0 - alpha, float(alpha)
+    elif ce_weight is not None and kd_weight is not None:
+        _number("kd_loss", "ce_weight", ce_weight, -math.inf, math.inf)
+        _number("kd_loss", "kd_weight", kd_weight, -math.inf, math.inf)
+        ce, kd = float(ce_weight), float(kd_weight)
+    elif has_teacher and has_labels:
+        ce, kd = 0.5, 0.5
+    else:
+        ce, kd = (0.0, 1.0) if has_teacher else (1.0, 0.0)
+    if kd != 0.0 and not has_teacher:
+        raise ValueError(f"kd_loss: teacher must be given with a KD weight of {kd:g}, got None")
+    if ce != 0.0 and not has_labels:
+        raise ValueError(
+            f"kd_loss: labels must be given with a cross-entropy weight of {ce:g}, got None"
+        )
+    return ce, kd
+
+
+def _pair(name: str, argument: str, value: object) -> tuple[float | None, float | None]:
+    if isinstance(value, tuple):
+        if len(value) != 2:
+            raise ValueError(
+                f"{name}: {argument} must be a number or a (student, teacher) pair, got {value!r}"
+            )
+        return value
+    return value, value  # type: ignore[return-value]
+
+
+def _number(name: str, argument: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
+    if not (low <= value <= high) or not math.isfinite(value):
+        contract = "finite" if math.isinf(low) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: {argument} must be {contract}, got {value!r}")
+
+
+def _positive(name: str, argument: str, value: object) -> None:
+    _number(name, argument, value, -math.inf, math.inf)
+    if value <= 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: {argument} must be positive, got {value!r}")
+
+
+def _choice(name: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")

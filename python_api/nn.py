@@ -1,0 +1,88 @@
+"""The losses as modules: the options at construction, the tensors in the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdkernels.api import functional
+
+
+class _Loss(nn.Module):
+    """Keeps the options of a functional loss; options given in the call come on top."""
+
+    _function: Callable[..., Any]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(module)``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def _call(self, *tensors: Tensor | None, **overrides: Any) -> Any:
+        return type(self)._function(*tensors, **{**self.options, **overrides})
+
+
+class KDLoss(_Loss):
+    """:func:`kdkernels.kd_loss` as a module; takes its keywords at construction or in the call.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> loss_fn = kdkernels.KDLoss(temperature=2.0, alpha=0.7)
+        >>> loss_fn(torch.randn(4, 9), torch.randn(4, 9), torch.arange(4)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(functional.kd_loss)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, **kw: Any
+    ) -> Tensor | functional.KDParts:
+        """Student and teacher logits ``[..., vocab]``, labels ``[...]``."""
+        return self._call(student, teacher, labels, **kw)
+
+
+class LabelSmoothingLoss(_Loss):
+    """:func:`kdkernels.label_smoothing_loss` as a module."""
+
+    _function = staticmethod(functional.label_smoothing_loss)
+
+    def forward(self, logits: Tensor, labels: Tensor, **kw: Any) -> Tensor:
+        """Logits ``[..., vocab]``, labels ``[...]``."""
+        return self._call(logits, labels, **kw)
+
+
+class TfKDRegLoss(_Loss):
+    """:func:`kdkernels.tfkd_reg_loss` as a module."""
+
+    _function = staticmethod(functional.tfkd_reg_loss)
+
+    def forward(self, logits: Tensor, labels: Tensor, **kw: Any) -> Tensor:
+        """Logits ``[..., vocab]``, labels ``[...]``."""
+        return self._call(logits, labels, **kw)
+
+
+class TfKDSelfLoss(_Loss):
+    """:func:`kdkernels.tfkd_self_loss` as a module."""
+
+    _function = staticmethod(functional.tfkd_self_loss)
+
+    def forward(
+        self, logits: Tensor, pretrained_logits: Tensor, labels: Tensor, **kw: Any
+    ) -> Tensor:
+        """Logits of the student and of its trained copy ``[..., vocab]``, labels ``[...]``."""
+        return self._call(logits, pretrained_logits, labels, **kw)
+
+
+class ConfidencePenaltyLoss(_Loss):
+    """:func:`kdkernels.confidence_penalty_loss` as a module."""
+
+    _function = staticmethod(functional.confidence_penalty_loss)
+
+    def forward(self, logits: Tensor, labels: Tensor, **kw: Any) -> Tensor:
+        """Logits ``[..., vocab]``, labels ``[...]``."""
+        return self._call(logits, labels, **kw)
