@@ -18,6 +18,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/buffer_pool.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/isa.h"
@@ -274,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss_grad(
     double temperature, double ce_weight, double kd_weight, double label_smoothing, double z_loss,
     double student_scale, double teacher_scale, double student_softcap, double teacher_softcap,
     int64_t ignore_index, int64_t classes, bool mean, bool want_ce) {
-  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  Tensor grad = pooled_empty(student.size(0), student.size(1), student);
   auto [loss, parts, rows] =
       run(student, teacher, labels, row_weights, denominator,
           make_spec(divergence, beta, temperature, ce_weight, kd_weight, label_smoothing, z_loss,

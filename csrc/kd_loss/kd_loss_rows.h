@@ -25,7 +25,7 @@ struct Sums {
   float student_ref = -3.4028235e38f;  // finite: -inf - ref must stay -inf
   float teacher_ref = -3.4028235e38f;
   double student = 0, student_ce = 0, teacher = 0;
-  double cross = 0;   // sum of exp * difference of logits
+  double cross = 0;   // sum of exp * difference of logits, each less its reference
   double logits = 0;  // of classes that are not -inf
   int64_t live = 0;
 };
@@ -56,36 +56,35 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
   const Vec teacher_ref = splat(sums.teacher_ref);
   Vec student{}, student_ce{}, teacher{}, cross{};
   for (int i = 0; i < n; i += kLanes) {
-    const Vec zs = load(s + i);
-    const Vec es = exp2_scaled(zs - student_ref, at_t);
+    const Vec ds = load(s + i) - student_ref;
+    const Vec es = exp2_scaled(ds, at_t);
     student += es;
     if constexpr (kKeep) store(a + i, es);
     if constexpr (M == Softmax::kSquare) student_ce = fma(es, es, student_ce);
     if constexpr (M == Softmax::kSeparate) {
-      const Vec e1 = exp2_scaled(zs - student_ref, at_1);
+      const Vec e1 = exp2_scaled(ds, at_1);
       student_ce += e1;
       if constexpr (kKeep) store(c + i, e1);
     }
     if constexpr (D == Divergence::kNegEntropy) {
-      cross = select(es > 0.0f, fma(es, zs, cross), cross);
-      if constexpr (kKeep) store(b + i, zs);
+      cross = select(es > 0.0f, fma(es, ds, cross), cross);
+      if constexpr (kKeep) store(b + i, ds);
     }
     if constexpr (kHasTeacher<D>) {
-      const Vec zt = load(t + i);
+      const Vec dt = load(t + i) - teacher_ref;
+      const Vec et = exp2_scaled(dt, at_t);
+      teacher += et;
       if constexpr (D == Divergence::kReverseKl) {
-        teacher += exp2_scaled(zt - teacher_ref, at_t);
-        const Vec difference = zs - zt;
+        const Vec difference = ds - dt;
         cross = select(es > 0.0f, fma(es, difference, cross), cross);
         if constexpr (kKeep) store(b + i, difference);
       } else {
-        const Vec et = exp2_scaled(zt - teacher_ref, at_t);
-        teacher += et;
         // A class without teacher mass adds nothing, also where a logit is -inf.
         if constexpr (D == Divergence::kForwardKl) {
-          cross = select(et > 0.0f, fma(et, zt - zs, cross), cross);
+          cross = select(et > 0.0f, fma(et, dt - ds, cross), cross);
         }
         if constexpr (D == Divergence::kSoftCe) {
-          cross = select(et > 0.0f, fma(et, -zs, cross), cross);
+          cross = select(et > 0.0f, fma(et, -ds, cross), cross);
         }
         if constexpr (kKeep) store(b + i, et);
       }
@@ -339,17 +338,30 @@ class Row {
       const int n = padded(length(block));
       const float* s = student_block(block, student_buffer);
       const float* t = nullptr;
-      raise(max_of_block(s, n), &sums_.student_ref, inv_t_, [&](double factor, double at_one) {
+      raise(max_of_block(s, n), &sums_.student_ref, [&](double by) {
+        const double factor = std::exp(-by * inv_t_);
         sums_.student *= factor;
-        sums_.student_ce *= at_one;
-        if (kStudentExpectation<D>) sums_.cross *= factor;
+        sums_.student_ce *= std::exp(-by);
+        // In this form equal models leave an exact 0.
+        if (kStudentExpectation<D>) {
+          sums_.cross = sums_.cross * factor - by * sums_.student;
+        } else {
+          sums_.cross += by * sums_.teacher;
+        }
       });
       if constexpr (kHasTeacher<D>) {
         t = load_teacher_(teacher_, block * kBlock, length(block), spec_.teacher_scale,
                           spec_.teacher_softcap, teacher_buffer);
-        raise(max_of_block(t, n), &sums_.teacher_ref, inv_t_, [&](double factor, double) {
+        raise(max_of_block(t, n), &sums_.teacher_ref, [&](double by) {
+          const double factor = std::exp(-by * inv_t_);
+          if (kStudentExpectation<D>) {
+            sums_.cross += by * sums_.student;
+          } else if (D == Divergence::kForwardKl) {
+            sums_.cross = (sums_.cross - by * sums_.teacher) * factor;
+          } else {
+            sums_.cross *= factor;
+          }
           sums_.teacher *= factor;
-          if (!kStudentExpectation<D>) sums_.cross *= factor;
         });
       }
       keep_.student_ref[block] = sums_.student_ref;
@@ -361,11 +373,11 @@ class Row {
     if (M == Softmax::kShared) sums_.student_ce = sums_.student;
   }
 
+  // Raises a reference to the maximum of a block; `rescale` brings the sums so far along.
   template <typename Rescale>
-  static void raise(float block_max, float* ref, double inv_t, const Rescale& rescale_sums) {
+  static void raise(float block_max, float* ref, const Rescale& rescale) {
     if (!(block_max > *ref)) return;
-    const double drop = static_cast<double>(*ref) - block_max;
-    rescale_sums(std::exp(drop * inv_t), std::exp(drop));
+    if (*ref != Sums{}.student_ref) rescale(static_cast<double>(block_max) - *ref);
     *ref = block_max;
   }
 
@@ -383,27 +395,26 @@ class Row {
       }
     }
     if constexpr (D != Divergence::kNone) {
-      const double lse_student = ref * inv_t_ + std::log(sums_.student);
-      const double lse_teacher = sums_.teacher_ref * inv_t_ + std::log(sums_.teacher);
-      terms.divergence = divergence(lse_student, lse_teacher);
+      terms.divergence = divergence(std::log(sums_.student), std::log(sums_.teacher));
     }
     return terms;
   }
 
-  double divergence(double lse_student, double lse_teacher) {
+  // D from the log-sums; the references cancel in the differences kept.
+  double divergence(double log_student, double log_teacher) {
     if constexpr (D == Divergence::kForwardKl) {
-      return sums_.cross / sums_.teacher * inv_t_ + (lse_student - lse_teacher);
+      return sums_.cross / sums_.teacher * inv_t_ + (log_student - log_teacher);
     }
     if constexpr (D == Divergence::kSoftCe) {
-      return sums_.cross / sums_.teacher * inv_t_ + lse_student;
+      return sums_.cross / sums_.teacher * inv_t_ + log_student;
     }
     if constexpr (D == Divergence::kReverseKl) {
-      return sums_.cross / sums_.student * inv_t_ - (lse_student - lse_teacher);
+      return sums_.cross / sums_.student * inv_t_ - (log_student - log_teacher);
     }
     if constexpr (D == Divergence::kNegEntropy) {
-      return sums_.cross / sums_.student * inv_t_ - lse_student;
+      return sums_.cross / sums_.student * inv_t_ - log_student;
     }
-    if constexpr (D == Divergence::kSpike) return spike(lse_student);
+    if constexpr (D == Divergence::kSpike) return spike(sums_.student_ref * inv_t_ + log_student);
     if constexpr (kTwoStage<D>) return middle();
     return 0.0;
   }
@@ -439,6 +450,11 @@ class Row {
 
   float student_factor(int64_t block) const {
     return rescale(keep_.student_ref[block], sums_.student_ref, inv_t_);
+  }
+  float ce_factor(int64_t block) const {
+    // The middle pass of JSD has normalised the exponentials that are squared here.
+    if (D == Divergence::kJsd && M == Softmax::kSquare) return sums_.student * sums_.student;
+    return rescale(keep_.student_ref[block], sums_.student_ref, 1.0);
   }
   float teacher_factor(int64_t block) const {
     return rescale(keep_.teacher_ref[block], sums_.teacher_ref, inv_t_);
@@ -490,9 +506,14 @@ class Row {
   void write_block(int64_t block, const Slope& k, float at_label, float* out) const {
     const int64_t at = block * kBlock;
     const int n = padded(length(block));
-    slope_of_block<D, M>(keep_.a + at, keep_.b + at, keep_.c + at, n, k, student_factor(block),
-                         rescale(keep_.student_ref[block], sums_.student_ref, 1.0),
-                         kHasTeacher<D> ? teacher_factor(block) : 0.0f, out);
+    Slope slope = k;
+    if (kStudentExpectation<D>) {
+      // The differences of the block are relative to its own references.
+      slope.mean = mean_ + (static_cast<double>(sums_.student_ref) - keep_.student_ref[block]) -
+                   (static_cast<double>(sums_.teacher_ref) - keep_.teacher_ref[block]);
+    }
+    slope_of_block<D, M>(keep_.a + at, keep_.b + at, keep_.c + at, n, slope, student_factor(block),
+                         ce_factor(block), kHasTeacher<D> ? teacher_factor(block) : 0.0f, out);
     alignas(64) float buffer[kBlock];
     if (smooth_ && sums_.live != spec_.classes) {
       // Masked classes take no share of the smoothing.

@@ -246,7 +246,7 @@ def _prepare(
     if labels is not None:
         _checks.row_vector("kd_loss", "labels", labels, rows, (torch.int64,))
         _checks.same_device("kd_loss", "labels", labels, device)
-    elif spec.needs_ce or spec.divergence == Divergence.SPIKE:
+    elif spec.needs_ce or spec.divergence == Divergence.SPIKE.value:
         raise ValueError("kd_loss: labels must be given for a loss on labels, got None")
     if row_weights is not None:
         _checks.row_vector("kd_loss", "row_weights", row_weights, rows, _checks.FLOAT_DTYPES)

@@ -106,21 +106,21 @@ def _divergence(
     spec: Spec,
 ) -> Tensor:
     log_s = (z / spec.temperature).log_softmax(1)
-    if spec.divergence == Divergence.NEG_ENTROPY:
+    if spec.divergence == Divergence.NEG_ENTROPY.value:
         return _expectation(log_s.exp(), log_s)
-    if spec.divergence == Divergence.SPIKE:
+    if spec.divergence == Divergence.SPIKE.value:
         assert labels is not None
         return _spike(log_s, live, labels, valid, spec.beta)
     assert t is not None
     log_t = (t / spec.temperature).log_softmax(1)
     p_s, p_t = log_s.exp(), log_t.exp()
-    if spec.divergence == Divergence.FORWARD_KL:
+    if spec.divergence == Divergence.FORWARD_KL.value:
         return _expectation(p_t, log_t - log_s)
-    if spec.divergence == Divergence.SOFT_CE:
+    if spec.divergence == Divergence.SOFT_CE.value:
         return _expectation(p_t, -log_s)
-    if spec.divergence == Divergence.REVERSE_KL:
+    if spec.divergence == Divergence.REVERSE_KL.value:
         return _expectation(p_s, log_s - log_t)
-    if spec.divergence == Divergence.TVD:
+    if spec.divergence == Divergence.TVD.value:
         return 0.5 * (p_s - p_t).abs().sum(1)
     # JSD: the mixture in this form is exactly p when both models agree.
     mixture = p_s + spec.beta * (p_t - p_s)
@@ -140,9 +140,9 @@ def _expectation(p: Tensor, values: Tensor) -> Tensor:
 
 def _spike(log_s: Tensor, live: Tensor, labels: Tensor, valid: Tensor, on_label: float) -> Tensor:
     """Forward KL from the teacher with ``on_label`` on the label, the rest spread evenly."""
-    others = live.sum(1) - 1
-    share = torch.where(others > 0, (1.0 - on_label) / others.clamp(min=1), 0.0).to(log_s.dtype)
-    at_label = torch.where(others > 0, on_label, 1.0).to(log_s.dtype)
+    others = live.sum(1).to(log_s.dtype) - 1.0
+    share = torch.where(others > 0, (1.0 - on_label) / others.clamp(min=1.0), 0.0)
+    at_label = torch.where(others > 0, torch.full_like(others, on_label), 1.0)
     entropy = torch.special.xlogy(at_label, at_label) + others * torch.special.xlogy(share, share)
     log_label = _pick(log_s, labels, valid)
     log_sum = torch.where(live, log_s, 0.0).sum(1)

@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 
 class Divergence(enum.IntEnum):
-    """The teacher-student term ``D``; the numbers are shared with ``csrc/kd_loss/kd_loss.h``."""
+    """The teacher-student term ``D``; the numbers are shared with ``csrc/kd_loss/kd_loss.h``.
+
+    Compare a spec's number with ``Divergence.X.value``: under ``torch.compile(dynamic=True)`` the
+    comparison of a symbolic integer with the enum member itself is traced as false (torch 2.13).
+    """
 
     NONE = 0
     FORWARD_KL = 1  # sum_t p_t (log p_t - log p_s)
@@ -57,7 +61,7 @@ class Spec(NamedTuple):
     @property
     def needs_divergence(self) -> bool:
         """Whether D has to be computed."""
-        return self.divergence != Divergence.NONE
+        return self.divergence != Divergence.NONE.value
 
     @property
     def needs_z(self) -> bool:

@@ -7,6 +7,9 @@ deterministic. Products are never fused with sums (``enable_fp_fusion=False`` at
 ``e_s / S_s - e_t / S_t`` has to be exactly zero when both models agree.
 """
 
+# mypy: allow-untyped-defs
+# (Triton reads annotations of kernel arguments itself.)
+
 from __future__ import annotations
 
 import triton
@@ -29,7 +32,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _tanh(x):
-    """tanh to 2 ulp: near 0 an odd polynomial (Cephes), since 1 - 2 / (e^2x + 1) cancels."""
+    """Tanh to 2 ulp: near 0 an odd polynomial (Cephes), since 1 - 2 / (e^2x + 1) cancels."""
     square = x * x
     near = -5.70498872745e-3 * square + 2.06390887954e-2
     near = near * square - 5.37397155531e-2
@@ -70,7 +73,8 @@ def _fall(before, after):
 @triton.jit
 def _gap(z, t, z_relative, t_relative, DIVERGENCE: tl.constexpr):
     """What the expectation of pass 1 is of, and where it is infinite: a class with mass in the
-    averaging distribution and none in the other one. The other's logit is returned there."""
+    averaging distribution and none in the other one. The averaged logit is returned there.
+    """
     hole = tl.full(z.shape, _LOWEST, tl.float32)
     if DIVERGENCE == _NEG_ENTROPY:
         gap = tl.where(z == -_INF, 0.0, z_relative)
@@ -87,7 +91,8 @@ def _gap(z, t, z_relative, t_relative, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
     """Pass 1. Everything is kept relative to the running maxima, so that neither a large offset
-    of the logits nor one between the two models costs digits."""
+    of the logits nor one between the two models costs digits.
+    """
     max_s = tl.full((), _LOWEST, tl.float32)
     max_t = tl.full((), _LOWEST, tl.float32)
     sum_s = tl.zeros([BLOCK], tl.float32)  # at the temperature
@@ -169,8 +174,9 @@ def _sign(x):
 
 @triton.jit
 def _compare(row, part, s, F: tl.constexpr, BLOCK: tl.constexpr):
-    """The middle pass of JSD and TVD: the divergence, and the student's expectation of its
-    derivative, which the gradient is relative to."""
+    """The middle pass of JSD and TVD: the divergence and the mean of its derivative over the
+    student's distribution, which the gradient is relative to.
+    """
     divergence = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
     for start in range(0, row[2], BLOCK):
@@ -202,8 +208,9 @@ def _xlogx(x):
 
 @triton.jit
 def _divergence(part, expect, z_label, s, F: tl.constexpr):
-    """The divergence from the statistics of pass 1, and the student's expectation of its
-    derivative where the gradient needs one."""
+    """The divergence from the statistics of pass 1, and where the gradient needs it the mean of
+    its derivative over the student's distribution.
+    """
     max_s, total_s, _, max_t, total_t = part
     dot, hole, sum_z, live = expect
     log_s = tl.log(total_s)
@@ -242,15 +249,16 @@ def _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, s, F: tl.constexpr)
     elif F.divergence == _JSD:
         return (1.0 - s.beta) * p_s * (_log_ratio(p_s, p_s, p_t, s.beta) - mean)
     else:
-        gap, _ = _gap(z, t, z - part[0], t - part[3], F.divergence)
-        return p_s * (gap * s.inv_t - mean)
+        gap, hole = _gap(z, t, z - part[0], t - part[3], F.divergence)
+        gap = tl.where(hole > _LOWEST, _INF, gap)
+        return tl.where(p_s > 0.0, p_s * (gap * s.inv_t - mean), 0.0)
 
 
 @triton.jit
 def _gradient(
     row, grad_row, columns, label, factor, part, live, mean, s, F: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The last pass. ``grad_row`` may be the student's row: a block is read before it is written."""
+    """The last pass. ``grad_row`` may be the student's: a block is read before it is written."""
     max_s, _, total_1, _, _ = part
     hard = s.ce_weight + 2.0 * s.z_loss * (max_s + tl.log(total_1))
     on_label = s.ce_weight * (1.0 - s.label_smoothing)
@@ -386,9 +394,10 @@ def kd_loss_scale_kernel(
     denominator = tl.full((), 1.0, tl.float32)
     if denominator_ptr is not None:
         denominator = tl.load(denominator_ptr).to(tl.float32)
+        denominator = tl.where(denominator == 0.0, 1.0, denominator)
     elif MEAN:
         denominator = tl.maximum(count, 1.0)
-    tl.store(sums_ptr, tl.div_rn(denominator * 0.0 + 1.0, denominator))
+    tl.store(sums_ptr, tl.div_rn(tl.full((), 1.0, tl.float32), denominator))
     tl.store(sums_ptr + 1, count)
 
 

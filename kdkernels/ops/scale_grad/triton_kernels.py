@@ -1,5 +1,8 @@
 """The Triton kernel of ``scale_grad_``."""
 
+# mypy: allow-untyped-defs
+# (Triton reads annotations of kernel arguments itself.)
+
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,632 @@
+// kd_loss on the GPU. One block, or one cluster of blocks, takes a row; see kd_loss_plan.h for the
+// two layouts and kd_loss_device.cuh for the arithmetic.
+//
+// A row is walked in vectors of 16 bytes that lie on 16-byte boundaries of the student's memory;
+// `shift` elements of the first one lie before the row. What lies outside of the classes is read
+// as -inf, which adds nothing, so the passes know no borders. A thread only ever touches its own
+// vectors: staging and the in-place gradient need no barrier, only the reductions do.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/check.h"
+#include "common/launch.h"
+#include "common/vector.cuh"
+#include "kd_loss/kd_loss_device.cuh"
+
+namespace kd {
+
+namespace {
+
+constexpr const char* kOp = "kd_loss";
+constexpr int kTotalThreads = 1024;  // of the blocks that run over all rows
+
+template <typename T>
+struct Matrix {
+  T* data;  // null: none
+  int64_t stride;
+};
+
+// What the row kernels receive.
+template <typename scalar_t>
+struct RowsCall {
+  Matrix<const scalar_t> student, teacher;  // [rows, >= classes]
+  Matrix<scalar_t> grad;                    // [rows, columns]
+  const int64_t* labels;                    // [rows] or null
+  const float* row_weights;                 // [rows] or null
+  const float* denominator;                 // [] or null
+  const float* count;                       // [] valid rows, or null: do not divide by them
+  float* rows;                              // [rows]
+  float* row_parts;                         // [3, rows]: weighted CE, D, squared lse
+  int64_t row_count, ignore_index;
+  int columns, classes;
+  int ranks, vectors, vectors_a_rank;
+  float scale;  // of the loss, where neither denominator nor count is given
+  bool needs_labels;
+  RowNumbers numbers;
+};
+
+// A row of a matrix, and whether its vectors lie on 16-byte boundaries like the student's.
+template <typename T>
+struct RowView {
+  T* data;
+  bool aligned;
+
+  __device__ __forceinline__ RowView(const Matrix<T>& matrix, int64_t row, int shift)
+      : data(matrix.data + row * matrix.stride), aligned(misalignment(data) == shift) {}
+};
+
+// The classes [first, first + kVectorSize) of a row, -inf outside of [0, classes).
+template <typename scalar_t>
+__device__ __forceinline__ uint4 load_vector(const RowView<const scalar_t>& row, int first,
+                                             int classes) {
+  constexpr int kSize = kVectorSize<scalar_t>;
+  if (row.aligned && first >= 0 && first + kSize <= classes) {
+    return *reinterpret_cast<const uint4*>(row.data + first);
+  }
+  float x[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const int k = first + i;
+    x[i] = 0 <= k && k < classes ? static_cast<float>(row.data[k]) : kMinusInf;
+  }
+  return pack<scalar_t>(x);
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ void store_vector(const RowView<scalar_t>& row, int first, int classes,
+                                             const float (&x)[kVectorSize<scalar_t>]) {
+  constexpr int kSize = kVectorSize<scalar_t>;
+  if (row.aligned && first >= 0 && first + kSize <= classes) {
+    *reinterpret_cast<uint4*>(row.data + first) = pack<scalar_t>(x);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const int k = first + i;
+    if (0 <= k && k < classes) row.data[k] = static_cast<scalar_t>(x[i]);
+  }
+}
+
+// The vectors of a row that one thread walks: first, first + threads, ... below end.
+struct Walk {
+  int first, end, shift, classes;
+
+  __device__ __forceinline__ int count() const {
+    const int threads = static_cast<int>(blockDim.x);
+    return first < end ? (end - first + threads - 1) / threads : 0;
+  }
+  __device__ __forceinline__ int vector(int i) const {
+    return first + i * static_cast<int>(blockDim.x);
+  }
+};
+
+// Walks in global memory: a block loads the vector after next while it computes.
+template <typename scalar_t, bool kTeacher>
+struct LoopedLogits {
+  RowView<const scalar_t> student, teacher;
+  Walk walk;
+
+  // Calls body(first class, student's vector, teacher's vector). Every other pass runs backwards:
+  // it meets what the pass before it has left in the caches.
+  template <typename Body>
+  __device__ __forceinline__ void each(bool backwards, const Body& body) const {
+    constexpr int kSize = kVectorSize<scalar_t>;
+    const int count = walk.count();
+    if (count == 0) return;
+    const auto place = [&](int i) {
+      return walk.vector(backwards ? count - 1 - i : i) * kSize - walk.shift;
+    };
+    const auto load = [&](const RowView<const scalar_t>& row, int i) {
+      return load_vector(row, place(i), walk.classes);
+    };
+    uint4 next_student = load(student, 0);
+    uint4 next_teacher = kTeacher ? load(teacher, 0) : uint4{};
+    for (int i = 0; i < count; ++i) {
+      const uint4 now_student = next_student, now_teacher = next_teacher;
+      if (i + 1 < count) {
+        next_student = load(student, i + 1);
+        if constexpr (kTeacher) next_teacher = load(teacher, i + 1);
+      }
+      body(place(i), now_student, now_teacher);
+    }
+  }
+  template <typename Body>
+  __device__ __forceinline__ void each_at_first(const Body& body) const {
+    each(false, body);
+  }
+};
+
+// Walks in shared memory, filled by asynchronous copies; the first pass starts on the first
+// quarter of them while the others are under way.
+template <typename scalar_t, bool kTeacher>
+struct OnChipLogits {
+  static constexpr int kGroups = 4;
+
+  RowView<const scalar_t> student, teacher;
+  Walk walk;
+  uint4* kept_student;  // [vectors of this block]
+  uint4* kept_teacher;
+  int begin;  // vector of the row that is the block's first
+
+  __device__ __forceinline__ void stage(const RowView<const scalar_t>& row, uint4* kept,
+                                        int vector) const {
+    constexpr int kSize = kVectorSize<scalar_t>;
+    const int at = vector * kSize - walk.shift;
+    uint4* to = kept + (vector - begin);
+    if (row.aligned && at >= 0 && at + kSize <= walk.classes) {
+      copy_async_16(to, row.data + at);
+    } else {
+      *to = load_vector(row, at, walk.classes);
+    }
+  }
+
+  __device__ __forceinline__ int group_size() const { return (walk.count() + kGroups - 1) / kGroups; }
+
+  __device__ __forceinline__ void stage_all() const {
+    const int count = walk.count(), size = group_size();
+    for (int group = 0; group < kGroups; ++group) {
+      const int end = min(count, (group + 1) * size);
+      for (int i = group * size; i < end; ++i) {
+        stage(student, kept_student, walk.vector(i));
+        if constexpr (kTeacher) stage(teacher, kept_teacher, walk.vector(i));
+      }
+      copy_async_commit();
+    }
+  }
+
+  template <typename Body>
+  __device__ __forceinline__ void some(int from, int to, const Body& body) const {
+    for (int i = from; i < to; ++i) {
+      const int vector = walk.vector(i);
+      const uint4 now_student = kept_student[vector - begin];
+      const uint4 now_teacher = kTeacher ? kept_teacher[vector - begin] : uint4{};
+      body(vector * kVectorSize<scalar_t> - walk.shift, now_student, now_teacher);
+    }
+  }
+  template <typename Body>
+  __device__ __forceinline__ void each(bool, const Body& body) const {
+    some(0, walk.count(), body);
+  }
+  template <typename Body>
+  __device__ __forceinline__ void each_at_first(const Body& body) const {
+    const int count = walk.count(), size = group_size();
+    for (int group = 0; group < kGroups; ++group) {
+      switch (kGroups - 1 - group) {
+        case 3: copy_async_wait<3>(); break;
+        case 2: copy_async_wait<2>(); break;
+        case 1: copy_async_wait<1>(); break;
+        default: copy_async_wait<0>();
+      }
+      some(group * size, min(count, (group + 1) * size), body);
+    }
+  }
+};
+
+template <typename scalar_t, Divergence kD, bool kOnChip>
+__device__ __forceinline__ auto open_row(const RowsCall<scalar_t>& call,
+                                         const RowView<const scalar_t>& student, int64_t row,
+                                         const Walk& walk, int begin, char* logits) {
+  constexpr bool kTeacher = RowMath<kD>::kTeacher;
+  const RowView<const scalar_t> teacher =
+      kTeacher ? RowView<const scalar_t>(call.teacher, row, walk.shift) : student;
+  if constexpr (kOnChip) {
+    uint4* kept = reinterpret_cast<uint4*>(logits);
+    return OnChipLogits<scalar_t, kTeacher>{student, teacher, walk, kept,
+                                            kept + call.vectors_a_rank, begin};
+  } else {
+    return LoopedLogits<scalar_t, kTeacher>{student, teacher, walk};
+  }
+}
+
+// Gives every class of the row the gradient `value`.
+template <typename scalar_t>
+__device__ void fill_gradient(const RowView<scalar_t>& grad, const Walk& walk, float value) {
+  constexpr int kSize = kVectorSize<scalar_t>;
+  float x[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) x[i] = value;
+  for (int vector = walk.first; vector < walk.end; vector += blockDim.x) {
+    store_vector(grad, vector * kSize - walk.shift, walk.classes, x);
+  }
+}
+
+template <typename scalar_t, Divergence kD, bool kOnChip>
+__global__ void __launch_bounds__(kKdLossMaxThreads, 2)
+    kd_loss_rows(const RowsCall<scalar_t> call) {
+  using Math = RowMath<kD>;
+  constexpr int kSize = kVectorSize<scalar_t>;
+  const RowNumbers& n = call.numbers;
+  const int ranks = kOnChip ? call.ranks : 1;
+  const int rank = static_cast<int>(blockIdx.x) % ranks;
+  const int64_t row = blockIdx.x / ranks;
+  const bool writer = rank == 0 && threadIdx.x == 0;
+
+  const int shift = misalignment(call.student.data + row * call.student.stride);
+  const RowView<const scalar_t> student(call.student, row, shift);
+  const RowView<scalar_t> grad(call.grad, row, shift);
+  const bool want_grad = call.grad.data != nullptr;
+  const int begin = rank * call.vectors_a_rank;
+  const Walk walk{begin + static_cast<int>(threadIdx.x),
+                  min(begin + call.vectors_a_rank, call.vectors), shift, call.classes};
+  if (want_grad) {
+    const int step = ranks * blockDim.x;
+    for (int k = call.classes + rank * blockDim.x + threadIdx.x; k < call.columns; k += step) {
+      grad.data[k] = static_cast<scalar_t>(0.0f);
+    }
+  }
+
+  const int64_t label = call.labels != nullptr ? call.labels[row] : 0;
+  const bool ignored = call.labels != nullptr && label == call.ignore_index;
+  const bool wrong = call.needs_labels && (label < 0 || label >= call.classes);
+  if (ignored || wrong) {
+    const float value = ignored ? 0.0f : kNan;
+    if (want_grad) fill_gradient(grad, walk, value);
+    if (writer) {
+      call.rows[row] = value;
+      for (int part = 0; part < 3; ++part) call.row_parts[part * call.row_count + row] = value;
+    }
+    return;
+  }
+
+  // Completed before the first reduction sends anything: then every block has started.
+  if (ranks > 1) cluster_arrive();
+  const ReduceSpace<RowStats> stats_space(dynamic_shared());
+  const ReduceSpace<RowSums> sums_space(reinterpret_cast<char*>(stats_space.ranks + ranks));
+  const auto logits = open_row<scalar_t, kD, kOnChip>(
+      call, student, row, walk, begin, reinterpret_cast<char*>(sums_space.ranks + ranks));
+  if constexpr (kOnChip) logits.stage_all();
+
+  // Read before the gradient may overwrite it: there is a barrier in between.
+  float label_logit[1] = {0.0f};
+  if (writer && call.needs_labels) {
+    label_logit[0] = static_cast<float>(student.data[label]);
+    to_z(n.student, label_logit);
+  }
+  const auto open = [&](uint4 raw_student, uint4 raw_teacher, float(&s)[kSize], float(&t)[kSize]) {
+    unpack<scalar_t>(raw_student, s);
+    to_z(n.student, s);
+    if constexpr (Math::kTeacher) {
+      unpack<scalar_t>(raw_teacher, t);
+      to_z(n.teacher, t);
+    }
+  };
+
+  RowStats stats;
+  logits.each_at_first([&](int, uint4 raw_student, uint4 raw_teacher) {
+    float s[kSize], t[kSize];
+    open(raw_student, raw_teacher, s, t);
+    Math::add(n, stats, s, t);
+  });
+  if (ranks > 1) cluster_wait();
+  Math math(n, reduce_row(stats, RowStats{}, stats_space, rank, ranks,
+                          [&](const RowStats& x) { return Math::across_warp(n, x); }));
+
+  RowSums middle;
+  if constexpr (Math::kMiddle) {
+    logits.each(true, [&](int, uint4 raw_student, uint4 raw_teacher) {
+      float s[kSize], t[kSize];
+      open(raw_student, raw_teacher, s, t);
+      math.add_middle(n, middle, s, t);
+    });
+    middle = reduce_row(middle, RowSums{}, sums_space, rank, ranks,
+                        [](const RowSums& x) { return Math::sums_across_warp(x); });
+    math.expectation = middle.mean;
+  }
+
+  const float weight = call.row_weights != nullptr ? call.row_weights[row] : 1.0f;
+  if (writer) {
+    const float ce = n.want_ce ? math.cross_entropy(n, label_logit[0]) : 0.0f;
+    const float divergence = math.divergence(n, label_logit[0], middle);
+    const float lse2 = n.want_z ? math.lse * math.lse : 0.0f;
+    // A term without weight is left out: it may be infinite.
+    float loss = n.ce_weight != 0.0f ? n.ce_weight * ce : 0.0f;
+    if (n.kd_weight != 0.0f) loss = fmaf(n.kd_weight, divergence, loss);
+    loss = fmaf(n.z_loss, lse2, loss);
+    call.rows[row] = weight * loss;
+    call.row_parts[row] = weight * ce;
+    call.row_parts[call.row_count + row] = weight * divergence;
+    call.row_parts[2 * call.row_count + row] = weight * lse2;
+  }
+  if (!want_grad) return;
+
+  float scale = call.scale;
+  if (call.denominator != nullptr) {
+    scale = 1.0f / *call.denominator;
+  } else if (call.count != nullptr) {
+    scale = 1.0f / fmaxf(*call.count, 1.0f);
+  }
+  const typename Math::Slope slopes = math.slopes(n, weight * scale);
+  const int labelled = call.needs_labels ? static_cast<int>(label) : -kSize;
+  logits.each(!Math::kMiddle, [&](int first, uint4 raw_student, uint4 raw_teacher) {
+    float s[kSize], t[kSize], g[kSize];
+    open(raw_student, raw_teacher, s, t);
+    math.gradient(n, slopes, s, t, g);
+    if (first <= labelled && labelled < first + kSize) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (first + i == labelled) g[i] -= slopes.label;
+      }
+    }
+    if (!n.student.plain) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) g[i] *= slope(n.student, s[i]);
+    }
+    store_vector(grad, first, call.classes, g);
+  });
+}
+
+// ---- over all rows: one block, so that the order of the sums is fixed ---------------------------
+
+struct alignas(16) Totals {
+  float loss = 0.0f, ce = 0.0f, divergence = 0.0f, lse2 = 0.0f, count = 0.0f;
+  float unused[3] = {};
+};
+
+__device__ Totals sum_over_block(const Totals& mine) {
+  return reduce_row(mine, Totals{}, ReduceSpace<Totals>(dynamic_shared()), 0, 1, [](Totals x) {
+    return Totals{warp_sum(x.loss), warp_sum(x.ce), warp_sum(x.divergence), warp_sum(x.lse2),
+                  warp_sum(x.count)};
+  });
+}
+
+__global__ void __launch_bounds__(kTotalThreads)
+    kd_loss_count(const int64_t* labels,  // [rows]
+                  int64_t rows, int64_t ignore_index,
+                  float* count) {  // []
+  Totals mine;
+  for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) {
+    if (labels[row] != ignore_index) mine.count += 1.0f;
+  }
+  const Totals all = sum_over_block(mine);
+  if (threadIdx.x == 0) *count = all.count;
+}
+
+struct TotalsCall {
+  const float* rows;         // [rows]
+  const float* row_parts;    // [3, rows]
+  const int64_t* labels;     // [rows] or null
+  const float* denominator;  // [] or null
+  float* loss;               // []
+  float* parts;              // [4]
+  int64_t row_count, ignore_index;
+  bool mean;
+};
+
+__global__ void __launch_bounds__(kTotalThreads) kd_loss_totals(const TotalsCall call) {
+  Totals mine;
+  for (int64_t row = threadIdx.x; row < call.row_count; row += blockDim.x) {
+    mine.loss += call.rows[row];
+    mine.ce += call.row_parts[row];
+    mine.divergence += call.row_parts[call.row_count + row];
+    mine.lse2 += call.row_parts[2 * call.row_count + row];
+    if (call.labels == nullptr || call.labels[row] != call.ignore_index) mine.count += 1.0f;
+  }
+  const Totals all = sum_over_block(mine);
+  if (threadIdx.x != 0) return;
+  float scale = 1.0f;
+  if (call.denominator != nullptr) {
+    scale = 1.0f / *call.denominator;
+  } else if (call.mean) {
+    scale = 1.0f / fmaxf(all.count, 1.0f);
+  }
+  *call.loss = all.loss * scale;
+  call.parts[0] = all.ce * scale;
+  call.parts[1] = all.divergence * scale;
+  call.parts[2] = all.lse2 * scale;
+  call.parts[3] = all.count;
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename Body>
+void dispatch_divergence(Divergence divergence, const Body& body) {
+  switch (divergence) {
+    case Divergence::kNone: return body.template operator()<Divergence::kNone>();
+    case Divergence::kForwardKl: return body.template operator()<Divergence::kForwardKl>();
+    case Divergence::kSoftCe: return body.template operator()<Divergence::kSoftCe>();
+    case Divergence::kReverseKl: return body.template operator()<Divergence::kReverseKl>();
+    case Divergence::kJsd: return body.template operator()<Divergence::kJsd>();
+    case Divergence::kTvd: return body.template operator()<Divergence::kTvd>();
+    case Divergence::kSpike: return body.template operator()<Divergence::kSpike>();
+    case Divergence::kNegEntropy: return body.template operator()<Divergence::kNegEntropy>();
+  }
+  STD_TORCH_CHECK(false, kOp, ": divergence must be one of 0 to 7, got ",
+                  static_cast<int>(divergence));
+}
+
+LogitRule logit_rule(double scale, double softcap, double temperature) {
+  const bool plain = softcap == 0.0 && scale > 0.0;
+  return {static_cast<float>(kLog2E / temperature * (plain ? scale : 1.0)),
+          static_cast<float>(scale), static_cast<float>(softcap),
+          static_cast<float>(softcap != 0.0 ? 1.0 / softcap : 0.0), plain};
+}
+
+RowNumbers row_numbers(const KdLossSpec& spec) {
+  // Without a divergence there is one softmax, that of CE.
+  const double temperature = spec.divergence == Divergence::kNone ? 1.0 : spec.temperature;
+  const bool want_z = spec.z_loss != 0.0;
+  RowNumbers n{};
+  n.student = logit_rule(spec.student_scale, spec.student_softcap, temperature);
+  n.teacher = logit_rule(spec.teacher_scale, spec.teacher_softcap, temperature);
+  n.heat = temperature == 1.0 || !(spec.needs_ce() || want_z) ? Heat::kSame
+           : temperature == 2.0                               ? Heat::kSquared
+                                                              : Heat::kOther;
+  n.want_ce = spec.needs_ce();
+  n.want_z = want_z;
+  n.want_sums = (spec.needs_ce() && spec.label_smoothing != 0.0) ||
+                spec.divergence == Divergence::kSpike;
+  n.temperature = static_cast<float>(temperature);
+  n.beta = static_cast<float>(spec.beta);
+  n.one_minus_beta = 1.0f - n.beta;
+  n.ce_weight = static_cast<float>(spec.ce_weight);
+  n.kd_weight = static_cast<float>(spec.kd_weight);
+  n.z_loss = static_cast<float>(spec.z_loss);
+  n.smoothing = static_cast<float>(spec.label_smoothing);
+  return n;
+}
+
+using MaybeTensor = std::optional<Tensor>;
+
+struct Inputs {
+  Tensor student;           // [rows, columns]
+  MaybeTensor teacher;      // [rows, >= classes]
+  MaybeTensor labels;       // [rows] int64
+  MaybeTensor row_weights;  // [rows] float32
+  MaybeTensor denominator;  // [] float32
+  KdLossSpec spec;
+};
+
+template <typename T>
+const T* data_or_null(const MaybeTensor& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+void check_inputs(const Inputs& in) {
+  constexpr int64_t kMostColumns = int64_t{1} << 30;  // columns are counted in 32 bits
+  check_rows(in.student, kOp, "student");
+  const int64_t rows = in.student.size(0), columns = in.student.size(1);
+  STD_TORCH_CHECK(in.spec.classes <= columns && columns < kMostColumns, kOp,
+                  ": student must have at least ", in.spec.classes, " and below ", kMostColumns,
+                  " classes, got ", columns);
+  check_per_row(in.labels, rows, ScalarType::Long, kOp, "labels");
+  check_per_row(in.row_weights, rows, ScalarType::Float, kOp, "row_weights");
+  STD_TORCH_CHECK(in.labels.has_value() || !in.spec.needs_labels(), kOp,
+                  ": labels must be given for a loss on labels, got None");
+  if (in.denominator.has_value()) {
+    STD_TORCH_CHECK(
+        in.denominator->numel() == 1 && in.denominator->scalar_type() == ScalarType::Float, kOp,
+        ": denominator must be one float32, got ", in.denominator->numel(), " of dtype ",
+        static_cast<int>(in.denominator->scalar_type()));
+  }
+  if (!needs_teacher(in.spec.divergence)) return;
+  STD_TORCH_CHECK(in.teacher.has_value(), kOp,
+                  ": teacher must be given for this divergence, got None");
+  check_rows(*in.teacher, kOp, "teacher");
+  STD_TORCH_CHECK(in.teacher->size(0) == rows && in.teacher->size(1) >= in.spec.classes, kOp,
+                  ": teacher must be [", rows, ", at least ", in.spec.classes, "], got [",
+                  in.teacher->size(0), ", ", in.teacher->size(1), "]");
+  STD_TORCH_CHECK(in.teacher->scalar_type() == in.student.scalar_type(), kOp,
+                  ": teacher must have the dtype of student, got dtype ",
+                  static_cast<int>(in.teacher->scalar_type()));
+}
+
+// Fills rows and row_parts, and grad where there is one.
+template <typename scalar_t>
+void launch_rows(const LaunchScope& scope, const Inputs& in, Tensor* grad, RowsCall<scalar_t> call) {
+  const auto matrix = [](const Tensor& x) {
+    return Matrix<const scalar_t>{static_cast<const scalar_t*>(x.const_data_ptr()), x.stride(0)};
+  };
+  call.student = matrix(in.student);
+  if (needs_teacher(in.spec.divergence)) call.teacher = matrix(*in.teacher);
+  if (grad != nullptr) {
+    call.grad = {static_cast<scalar_t*>(grad->mutable_data_ptr()), grad->stride(0)};
+  }
+  const int size = sizeof(scalar_t);
+  const bool aligned = misalignment(call.student.data) == 0 &&
+                       (call.row_count <= 1 || call.student.stride * size % kVectorBytes == 0);
+  const KdLossPlan plan = plan_kd_loss(
+      {in.spec.classes, size, aligned, grad != nullptr, in.spec.divergence},
+      {scope.attribute(cudaDevAttrComputeCapabilityMajor, kOp),
+       scope.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp)});
+  call.ranks = plan.cluster;
+  call.vectors = plan.vectors;
+  call.vectors_a_rank = plan.vectors_a_rank;
+  const int64_t blocks = call.row_count * plan.cluster;
+  STD_TORCH_CHECK(blocks <= INT32_MAX, kOp, ": student must have at most ",
+                  INT32_MAX / plan.cluster, " rows, got ", call.row_count);
+  const LaunchShape shape{blocks, plan.threads, plan.cluster,
+                          static_cast<size_t>(plan.shared_bytes)};
+  dispatch_divergence(in.spec.divergence, [&]<Divergence kD>() {
+    launch_kernel(kOp, scope, shape,
+                  plan.on_chip ? &kd_loss_rows<scalar_t, kD, true>
+                               : &kd_loss_rows<scalar_t, kD, false>,
+                  call);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> run(const Inputs& in, Tensor* grad) {
+  check_inputs(in);
+  const LaunchScope scope(in.student);
+  const int64_t rows = in.student.size(0);
+  const auto floats = [&](std::initializer_list<int64_t> size) {
+    return torch::stable::new_empty(in.student, size, ScalarType::Float);
+  };
+  const auto data = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
+  const Tensor loss = floats({}), parts = floats({4}), row_losses = floats({rows});
+  const Tensor work = floats({3 * rows + 1});  // the rows' parts, the number of valid rows
+  float* row_parts = data(work);
+  float* count = row_parts + 3 * rows;
+  const int64_t* labels = data_or_null<int64_t>(in.labels);
+  const float* denominator = data_or_null<float>(in.denominator);
+  const bool by_count = in.spec.mean && denominator == nullptr;
+  const LaunchShape one_block{1, kTotalThreads, 1, sizeof(Totals) * (kTotalThreads / kWarpSize)};
+
+  // Only a gradient has to know the number of valid rows beforehand.
+  const bool count_first = grad != nullptr && by_count && labels != nullptr && rows > 0;
+  if (count_first) {
+    launch_kernel(kOp, scope, one_block, &kd_loss_count, labels, rows, in.spec.ignore_index, count);
+  }
+  if (rows > 0) {
+    dispatch_float(in.student.scalar_type(), kOp, "student", [&]<typename scalar_t>() {
+      RowsCall<scalar_t> call{};
+      call.labels = labels;
+      call.row_weights = data_or_null<float>(in.row_weights);
+      call.denominator = denominator;
+      call.count = count_first ? count : nullptr;
+      call.rows = data(row_losses);
+      call.row_parts = row_parts;
+      call.row_count = rows;
+      call.ignore_index = in.spec.ignore_index;
+      call.columns = static_cast<int>(in.student.size(1));
+      call.classes = static_cast<int>(in.spec.classes);
+      call.scale = by_count ? 1.0f / static_cast<float>(rows) : 1.0f;
+      call.needs_labels = in.spec.needs_labels();
+      call.numbers = row_numbers(in.spec);
+      launch_rows(scope, in, grad, call);
+    });
+  }
+  launch_kernel(kOp, scope, one_block, &kd_loss_totals,
+                TotalsCall{data(row_losses), row_parts, labels, denominator, data(loss),
+                           data(parts), rows, in.spec.ignore_index, in.spec.mean});
+  return {loss, parts, row_losses};
+}
+
+enum class Gradient { kNone, kNew, kInPlace };
+
+// The three operators, by where the gradient goes.
+template <Gradient kGradient>
+auto kd_loss(Tensor student, MaybeTensor teacher, MaybeTensor labels, MaybeTensor row_weights,
+             MaybeTensor denominator, int64_t divergence, double beta, double temperature,
+             double ce_weight, double kd_weight, double label_smoothing, double z_loss,
+             double student_scale, double teacher_scale, double student_softcap,
+             double teacher_softcap, int64_t ignore_index, int64_t classes, bool mean,
+             bool want_ce) {
+  if (classes < 0 && student.dim() == 2) classes = student.size(1);
+  const Inputs in{student, teacher, labels, row_weights, denominator,
+                  KdLossSpec{static_cast<Divergence>(divergence), beta, temperature, ce_weight,
+                             kd_weight, label_smoothing, z_loss, student_scale, teacher_scale,
+                             student_softcap, teacher_softcap, ignore_index, classes, mean,
+                             want_ce}};
+  if constexpr (kGradient == Gradient::kNew) {
+    check_rows(student, kOp, "student");
+    Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+    return std::tuple_cat(run(in, &grad), std::make_tuple(grad));
+  } else {
+    return run(in, kGradient == Gradient::kInPlace ? &student : nullptr);
+  }
+}
+
+}  // namespace
+
+}  // namespace kd
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
+  m.impl("kd_loss", TORCH_BOX(&kd::kd_loss<kd::Gradient::kNone>));
+  m.impl("kd_loss_grad", TORCH_BOX(&kd::kd_loss<kd::Gradient::kNew>));
+  m.impl("kd_loss_grad_", TORCH_BOX(&kd::kd_loss<kd::Gradient::kInPlace>));
+}
