@@ -9,6 +9,8 @@
 #include <mutex>
 #include <vector>
 
+#include "common/empty.h"
+
 namespace kd {
 
 namespace {
@@ -96,7 +98,7 @@ size_t element_bytes(torch::headeronly::ScalarType dtype) {
 torch::stable::Tensor pooled_empty(int64_t rows, int64_t columns,
                                    const torch::stable::Tensor& like) {
   const size_t bytes = rows * columns * element_bytes(like.scalar_type());
-  if (bytes < kSmallest) return torch::stable::new_empty(like, {rows, columns});
+  if (bytes < kSmallest) return empty_cpu(std::array<int64_t, 2>{rows, columns}, like.scalar_type());
   return torch::stable::from_blob(pool().take(bytes), {rows, columns}, {columns, 1}, like.device(),
                                   like.scalar_type(), [](void* data) { pool().give_back(data); });
 }

@@ -21,6 +21,7 @@
 #include "common/buffer_pool.h"
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/empty.h"
 #include "common/isa.h"
 #include "kd_loss/kd_loss_cpu.h"
 #include "kd_loss/kd_loss_f64.h"
@@ -234,9 +235,9 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student,                   
     });
   }
 
-  Tensor loss = torch::stable::new_empty(student, {}, acc);
-  Tensor parts = torch::stable::new_empty(student, {4}, acc);
-  Tensor row_losses = torch::stable::new_empty(student, {rows}, acc);
+  Tensor loss = empty_cpu(std::array<int64_t, 0>{}, acc);
+  Tensor parts = empty_cpu(std::array<int64_t, 1>{4}, acc);
+  Tensor row_losses = empty_cpu(std::array<int64_t, 1>{rows}, acc);
   if (f64) {
     reduce(call, terms, static_cast<const double*>(weights), valid, loss, parts, row_losses);
   } else {

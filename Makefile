@@ -1,0 +1,59 @@
+# The verbs of the project. Each makes the environment it needs in .venv, under constraints.txt.
+# Every line is a command one could type.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# make test leaves these to their own commands (see CONTRIBUTING).
+SKIP := not slow and not network
+
+.PHONY: demo test test-slow bench lint types build wheel clean
+
+demo: build
+	$(BIN)/kdkernels distill $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest -m "$(SKIP)" $(ARGS)
+
+test-slow: build
+	$(BIN)/python -m pytest -m "slow or network" $(ARGS)
+
+bench: build
+	$(BIN)/python -m pytest bench/test_bench.py $(ARGS)
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# mypy cannot follow the default editable finder; a strict editable install is a tree of links.
+types: $(VENV)/tools
+	rm -rf build/types && mkdir -p build/types
+	KDKERNELS_NATIVE=off $(PIP) install -q --no-build-isolation --no-deps --target build/types .
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p kdkernels
+
+build: $(VENV)/installed
+	$(BIN)/python setup.py -q build_ext --inplace
+
+wheel: $(VENV)/tools
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean:
+	rm -rf build dist *.egg-info kdkernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0 numpy
+	$(PIP) install -q -c constraints.txt setuptools wheel cmake ninja pybind11
+	touch $@
+
+$(VENV)/tools: $(VENV)/python pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt build clang-format mypy pre-commit ruff typer rich
+	touch $@
+
+# The package itself, editable; its native libraries are built by the build verb, incrementally.
+$(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt setup.py
+	KDKERNELS_NATIVE=off $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[triton,distill,test]"
+	touch $@
