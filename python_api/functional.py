@@ -161,7 +161,7 @@ def kd_loss(
         teacher_logits is not None,
         labels is not None,
         return_parts,
-        student_logits.shape[-1] if label_smoothing or reduction == "element_mean" else 0,
+        student_logits.shape[-1] if label_smoothing or reduction == "element_mean" else 1,
     )
     return _reduce(
         student_logits,
@@ -484,12 +484,12 @@ def _reduce(
     return_parts: bool = False,
 ) -> Tensor | KDParts:
     """Flattens leading dimensions, folds mask and shift into labels, reduces."""
+    if student.dim() == 0:
+        raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
     leading = student.shape[:-1]
     if labels is not None or mask is not None or row_weights is not None or shift:
         labels, row_weights = _fold(student, labels, mask, row_weights, spec.ignore_index, shift)
     if student.dim() != 2:
-        if student.dim() == 0:
-            raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
         _same_leading(student, teacher)
         student = student.reshape(-1, student.shape[-1])
         teacher = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
@@ -699,7 +699,8 @@ def _pair(name: str, argument: str, value: object) -> tuple[float | None, float 
 def _number(name: str, argument: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
-    if not (low <= value <= high) or not math.isfinite(value):
+    # No math.isfinite: under torch.compile(dynamic=True) the value may be symbolic.
+    if not (low <= value <= high) or not (-math.inf < value < math.inf):
         contract = "finite" if math.isinf(low) else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: {argument} must be {contract}, got {value!r}")
 

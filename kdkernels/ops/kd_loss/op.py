@@ -168,7 +168,16 @@ class _KDLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 8
         (grad,) = ctx.saved_tensors
-        return scale_grad(grad, grad_loss, backend=ctx.backend), None, None, None, None, None, None, None
+        return (
+            scale_grad(grad, grad_loss, backend=ctx.backend),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _KDLossRows(torch.autograd.Function):
@@ -182,9 +191,7 @@ class _KDLossRows(torch.autograd.Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
-        _, _, rows = kd_loss_forward(
-            backend, student, teacher, labels, row_weights, None, *spec
-        )
+        _, _, rows = kd_loss_forward(backend, student, teacher, labels, row_weights, None, *spec)
         ctx.save_for_backward(student, teacher, labels, row_weights)
         ctx.spec, ctx.backend = spec, backend
         return rows  # type: ignore[no-any-return]
@@ -266,9 +273,12 @@ def _check_teacher(student: Tensor, teacher: Tensor, spec: Spec) -> None:
     if teacher.shape == student.shape:
         return
     if spec.classes < 0 or teacher.shape[0] != student.shape[0]:
+        smaller = min(student.shape[1], teacher.shape[1])
+        padded = student.shape[1] != teacher.shape[1]
         raise ValueError(
             f"kd_loss: teacher must have the shape of student {list(student.shape)}, "
             f"got {list(teacher.shape)}"
+            + (f"; if the rest is padding, pass vocab_size={smaller} or less" if padded else "")
         )
     if teacher.shape[1] < spec.classes:
         raise ValueError(

@@ -71,21 +71,13 @@ def _fall(before, after):
 
 
 @triton.jit
-def _gap(z, t, z_relative, t_relative, DIVERGENCE: tl.constexpr):
-    """What the expectation of pass 1 is of, and where it is infinite: a class with mass in the
-    averaging distribution and none in the other one. The averaged logit is returned there.
+def _rescale(dot, shift, mass, keep):
+    """An expectation relative to a new maximum.
+
+    It is infinite where a class with mass has none in the other model, unless that mass has become
+    nothing against the new maximum.
     """
-    hole = tl.full(z.shape, _LOWEST, tl.float32)
-    if DIVERGENCE == _NEG_ENTROPY:
-        gap = tl.where(z == -_INF, 0.0, z_relative)
-    elif DIVERGENCE == _REVERSE_KL:
-        hole = tl.where(t == -_INF, z, _LOWEST)
-        gap = tl.where((z == -_INF) | (t == -_INF), 0.0, z_relative - t_relative)
-    else:
-        hole = tl.where(z == -_INF, t, _LOWEST)
-        other = t_relative if DIVERGENCE == _FORWARD_KL else 0.0
-        gap = tl.where((z == -_INF) | (t == -_INF), 0.0, other - z_relative)
-    return gap, hole
+    return tl.where(keep > 0.0, keep * (dot + shift * mass), 0.0)
 
 
 @triton.jit
@@ -99,7 +91,6 @@ def _statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
     sum_1 = tl.zeros([BLOCK], tl.float32)  # at temperature 1, where that is another one
     sum_t = tl.zeros([BLOCK], tl.float32)
     dot = tl.zeros([BLOCK], tl.float32)  # unnormalised expectation of a logit difference
-    hole = tl.full([BLOCK], _LOWEST, tl.float32)
     sum_z = tl.zeros([BLOCK], tl.float32)
     live = tl.zeros([BLOCK], tl.float32)
     for start in range(0, row[2], BLOCK):
@@ -109,23 +100,24 @@ def _statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
         e_s = tl.exp((z - top_s) * s.inv_t)
         keep_s = tl.exp((max_s - top_s) * s.inv_t)
         fall_s = _fall(max_s, top_s)
-        t, top_t, fall_t = z, max_t, 0.0
+        if F.divergence == _NEG_ENTROPY:
+            dot = _rescale(dot, fall_s, sum_s, keep_s)
+            dot += tl.where(e_s > 0.0, e_s * (z - top_s), 0.0)
         if F.teacher:
             t = _teacher(row, cols, s, F)
             top_t = tl.maximum(max_t, tl.max(t, 0))
-            fall_t = _fall(max_t, top_t)
-        if F.expectation:
-            gap, new_hole = _gap(z, t, z - top_s, t - top_t, F.divergence)
-            hole = tl.maximum(hole, new_hole)
-        if F.divergence == _REVERSE_KL or F.divergence == _NEG_ENTROPY:
-            dot = keep_s * (dot + (fall_s - fall_t) * sum_s) + e_s * gap
-        if F.teacher:
             e_t = tl.exp((t - top_t) * s.inv_t)
             keep_t = tl.exp((max_t - top_t) * s.inv_t)
+            fall_t = _fall(max_t, top_t)
             if F.divergence == _FORWARD_KL:
-                dot = keep_t * (dot + (fall_t - fall_s) * sum_t) + e_t * gap
+                dot = _rescale(dot, fall_t - fall_s, sum_t, keep_t)
+                dot += tl.where(e_t > 0.0, e_t * ((t - top_t) - (z - top_s)), 0.0)
             if F.divergence == _SOFT_CE:
-                dot = keep_t * (dot - fall_s * sum_t) + e_t * gap
+                dot = _rescale(dot, -fall_s, sum_t, keep_t)
+                dot += tl.where(e_t > 0.0, e_t * (top_s - z), 0.0)
+            if F.divergence == _REVERSE_KL:
+                dot = _rescale(dot, fall_s - fall_t, sum_s, keep_s)
+                dot += tl.where(e_s > 0.0, e_s * ((z - top_s) - (t - top_t)), 0.0)
             sum_t = sum_t * keep_t + e_t
             max_t = top_t
         if F.uniform:
@@ -141,7 +133,7 @@ def _statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
     total_1 = total_s if F.temperatures == 1 else tl.sum(sum_1, 0)
     return (
         (max_s, total_s, total_1, max_t, tl.sum(sum_t, 0)),
-        (tl.sum(dot, 0), tl.max(hole, 0), tl.sum(sum_z, 0), tl.sum(live, 0)),
+        (tl.sum(dot, 0), tl.sum(sum_z, 0), tl.sum(live, 0)),
     )
 
 
@@ -211,8 +203,8 @@ def _divergence(part, expect, z_label, s, F: tl.constexpr):
     """The divergence from the statistics of pass 1, and where the gradient needs it the mean of
     its derivative over the student's distribution.
     """
-    max_s, total_s, _, max_t, total_t = part
-    dot, hole, sum_z, live = expect
+    max_s, total_s, _, _, total_t = part
+    dot, sum_z, live = expect
     log_s = tl.log(total_s)
     mean = 0.0
     if F.divergence == _SPIKE:
@@ -225,13 +217,11 @@ def _divergence(part, expect, z_label, s, F: tl.constexpr):
         value = mean - log_s
     elif F.divergence == _REVERSE_KL:
         mean = dot / total_s * s.inv_t
-        mean = tl.where(tl.exp((hole - max_s) * s.inv_t) > 0.0, _INF, mean)
         value = mean - log_s + tl.log(total_t)
     else:
         value = dot / total_t * s.inv_t + log_s
         if F.divergence == _FORWARD_KL:
             value = value - tl.log(total_t)
-        value = tl.where(tl.exp((hole - max_t) * s.inv_t) > 0.0, _INF, value)
     return value, mean
 
 
@@ -249,8 +239,9 @@ def _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, s, F: tl.constexpr)
     elif F.divergence == _JSD:
         return (1.0 - s.beta) * p_s * (_log_ratio(p_s, p_s, p_t, s.beta) - mean)
     else:
-        gap, hole = _gap(z, t, z - part[0], t - part[3], F.divergence)
-        gap = tl.where(hole > _LOWEST, _INF, gap)
+        gap = z - part[0]
+        if F.divergence == _REVERSE_KL:
+            gap = gap - (t - part[3])
         return tl.where(p_s > 0.0, p_s * (gap * s.inv_t - mean), 0.0)
 
 
@@ -293,7 +284,7 @@ def _valid_row(
 ):
     """Loss and terms of one row; writes its gradient unless ``grad_row`` is None."""
     part, expect = _statistics(row, s, F, BLOCK)
-    max_s, log_1, live = part[0], tl.log(part[2]), expect[3]
+    max_s, log_1, live = part[0], tl.log(part[2]), expect[2]
     factor = weight * scale
     z_label = 0.0
     if F.needs_labels:
@@ -305,7 +296,7 @@ def _valid_row(
     if F.needs_ce:
         ce = log_1 + (max_s - z_label)
         if F.smoothing:
-            uniform = log_1 - expect[2] / live
+            uniform = log_1 - expect[1] / live
             ce = (1.0 - s.label_smoothing) * ce + s.label_smoothing * uniform
     if F.divergence == _JSD or F.divergence == _TVD:
         divergence, mean = _compare(row, part, s, F, BLOCK)

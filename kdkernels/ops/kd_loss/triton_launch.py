@@ -20,7 +20,6 @@ class Flags(NamedTuple):
 
     divergence: int
     teacher: bool  # a teacher row is read
-    expectation: bool  # pass 1 takes an expectation
     temperatures: int  # 1: one softmax serves all, 2: the other one is its square, 3: two
     needs_ce: bool
     needs_z: bool
@@ -59,13 +58,6 @@ def flags_of(spec: Spec) -> Flags:
     return Flags(
         divergence=int(divergence),
         teacher=spec.needs_teacher,
-        expectation=divergence
-        in (
-            Divergence.FORWARD_KL,
-            Divergence.SOFT_CE,
-            Divergence.REVERSE_KL,
-            Divergence.NEG_ENTROPY,
-        ),
         temperatures=temperatures,
         needs_ce=spec.needs_ce,
         needs_z=spec.needs_z,
