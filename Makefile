@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # make test leaves these to their own commands (see CONTRIBUTING).
-SKIP := not slow and not network
+SKIP := not slow and not network and not packaging
 
 .PHONY: demo test test-slow bench lint types build wheel clean
 
