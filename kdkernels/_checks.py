@@ -1,5 +1,6 @@
 """Argument checks that have more than one caller. Error form: ``<op>: <argument> must <contract>,
-got <fact>``."""
+got <fact>``.
+"""
 
 from __future__ import annotations
 

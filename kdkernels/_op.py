@@ -39,9 +39,7 @@ class Primitive:
         """Declares the overload of a backend whose kernels a compiled library attaches."""
         overload = "" if backend == "native" else f".{backend}"
         _library.define(f"{self.name}{overload}{self._schema}")
-        torch.library.register_fake(
-            f"{NAMESPACE}::{self.name}{overload}", self._fake, lib=_library
-        )
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}{overload}", self._fake, lib=_library)
         packet = getattr(torch.ops.kdkernels, self.name)
         self._overloads[backend] = getattr(packet, overload[1:] or "default")
         self._calls[backend] = self._overloads[backend]

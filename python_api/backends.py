@@ -31,7 +31,9 @@ def available_backends(op: str, device: str = "cpu") -> tuple[str, ...]:
     """
     module = _op(op)
     probe = torch.empty(0, 1, device="meta")
-    return tuple(name for name in BACKENDS if module.unsupported(name, probe, device=device) is None)
+    return tuple(
+        name for name in BACKENDS if module.unsupported(name, probe, device=device) is None
+    )
 
 
 def explain(op: str, *tensors: Tensor) -> str:

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.ops import kd_loss as op
+from kdkernels.api._rows import KDParts, reduce_rows
+from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
 from kdkernels.ops.kd_loss import Divergence, Spec
 
-DIVERGENCES = {
-    "forward_kl": Divergence.FORWARD_KL,
-    "soft_ce": Divergence.SOFT_CE,
-    "reverse_kl": Divergence.REVERSE_KL,
-    "jsd": Divergence.JSD,
-    "tvd": Divergence.TVD,
-}
-REDUCTIONS = ("mean", "batchmean", "sum", "none", "element_mean")
-
-
-class KDParts(NamedTuple):
-    """A loss and what it is made of: ``loss = ce_weight * ce + kd_weight * kd + extra``.
-
-    Every field is a 0-dim tensor on the device of the logits, reduced like the loss; only ``loss``
-    carries a gradient. Nothing was synchronised to make them: log them when you sync anyway.
-    """
-
-    loss: Tensor
-    kd: Tensor  # divergence, T^2 included where scale_t2 is on
-    ce: Tensor  # hard cross-entropy
-    extra: Tensor  # z_loss * mean logsumexp^2
-    n_valid: Tensor  # valid rows of this call
-
+__all__ = [
+    "KDParts",
+    "confidence_penalty_loss",
+    "kd_loss",
+    "label_smoothing_loss",
+    "tfkd_reg_loss",
+    "tfkd_self_loss",
+]
 
 
 def kd_loss(
@@ -53,7 +38,7 @@ def kd_loss(
     smoothing_convention: str = "torch",
     z_loss: float = 0.0,
     logit_scale: float | tuple[float, float] = 1.0,
-    softcap: float | None | tuple[float | None, float | None] = None,
+    softcap: float | tuple[float | None, float | None] | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
@@ -64,7 +49,7 @@ def kd_loss(
     inplace: bool = False,
     return_parts: bool = False,
     backend: str | None = None,
-) -> Tensor | KDParts:
+) -> Any:  # a Tensor, or KDParts with return_parts: a union would burden every typed caller
     r"""Hard cross-entropy and a teacher-student divergence in one pass over the logits.
 
     Per valid row, with ``z = softcap * tanh(logit_scale * logits / softcap)`` of each model::
@@ -141,7 +126,8 @@ def kd_loss(
         >>> student.grad[2].abs().sum().item()
         0.0
     """
-    build = _kd_spec.__wrapped__ if torch.compiler.is_compiling() else _kd_spec
+    # The cache is for eager loops; a compiled graph keeps the result anyway.
+    build = kd_spec.__wrapped__ if torch.compiler.is_compiling() else kd_spec
     spec, t2 = build(
         temperature,
         alpha,
@@ -163,7 +149,7 @@ def kd_loss(
         return_parts,
         student_logits.shape[-1] if label_smoothing or reduction == "element_mean" else 1,
     )
-    return _reduce(
+    return reduce_rows(
         student_logits,
         teacher_logits,
         labels,
@@ -222,7 +208,7 @@ def label_smoothing_loss(
         >>> kdkernels.label_smoothing_loss(torch.zeros(2, 4), torch.tensor([0, 1])).item() > 1.38
         True
     """
-    loss = kd_loss(
+    return kd_loss(
         logits,
         None,
         labels,
@@ -236,8 +222,6 @@ def label_smoothing_loss(
         row_weights=row_weights,
         backend=backend,
     )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 def tfkd_reg_loss(
@@ -295,11 +279,11 @@ def tfkd_reg_loss(
         >>> kdkernels.tfkd_reg_loss(logits, torch.arange(4), alpha=0.1, temperature=20.0).backward()
     """
     name = "tfkd_reg_loss"
-    _number(name, "alpha", alpha, 0.0, 1.0)
-    _positive(name, "temperature", temperature)
-    _number(name, "correct_prob", correct_prob, 0.0, 1.0)
-    _choice(name, "mode", mode, ("softmax_of_prob", "target"))
-    _choice(name, "reduction", reduction, REDUCTIONS)
+    number(name, "alpha", alpha, 0.0, 1.0)
+    positive(name, "temperature", temperature)
+    number(name, "correct_prob", correct_prob, 0.0, 1.0)
+    choice(name, "mode", mode, ("softmax_of_prob", "target"))
+    choice(name, "reduction", reduction, REDUCTIONS)
     classes = logits.shape[-1]
     rest = (1.0 - correct_prob) / max(classes - 1, 1)
     if mode == "target":
@@ -316,7 +300,7 @@ def tfkd_reg_loss(
         ignore_index=ignore_index,
         mean=reduction in ("mean", "element_mean"),
     )
-    loss = _reduce(
+    return reduce_rows(
         logits,
         None,
         labels,
@@ -329,8 +313,6 @@ def tfkd_reg_loss(
         row_weights=row_weights,
         backend=backend,
     )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 def tfkd_self_loss(
@@ -380,8 +362,8 @@ def tfkd_self_loss(
         ...     logits, before, torch.arange(4), alpha=0.9, temperature=6.0
         ... ).backward()
     """
-    _number("tfkd_self_loss", "alpha", alpha, 0.0, 1.0)
-    loss = kd_loss(
+    number("tfkd_self_loss", "alpha", alpha, 0.0, 1.0)
+    return kd_loss(
         logits,
         pretrained_logits,
         labels,
@@ -396,8 +378,6 @@ def tfkd_self_loss(
         row_weights=row_weights,
         backend=backend,
     )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 def confidence_penalty_loss(
@@ -441,8 +421,8 @@ def confidence_penalty_loss(
         >>> round(uniform.item(), 4)  # log 4 - 0.1 log 4
         1.2477
     """
-    _number("confidence_penalty_loss", "beta", beta, 0.0, math.inf)
-    _choice("confidence_penalty_loss", "reduction", reduction, REDUCTIONS)
+    number("confidence_penalty_loss", "beta", beta, 0.0, math.inf)
+    choice("confidence_penalty_loss", "reduction", reduction, REDUCTIONS)
     spec = Spec(
         divergence=Divergence.NEG_ENTROPY,
         ce_weight=1.0,
@@ -450,7 +430,7 @@ def confidence_penalty_loss(
         ignore_index=ignore_index,
         mean=reduction in ("mean", "element_mean"),
     )
-    loss = _reduce(
+    return reduce_rows(
         logits,
         None,
         labels,
@@ -463,254 +443,3 @@ def confidence_penalty_loss(
         row_weights=row_weights,
         backend=backend,
     )
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-def _reduce(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    spec: Spec,
-    t2: float,
-    *,
-    mask: Tensor | None,
-    shift: int,
-    reduction: str,
-    num_items_in_batch: int | Tensor | None,
-    row_weights: Tensor | None,
-    backend: str | None,
-    inplace: bool = False,
-    return_parts: bool = False,
-) -> Tensor | KDParts:
-    """Flattens leading dimensions, folds mask and shift into labels, reduces."""
-    if student.dim() == 0:
-        raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
-    leading = student.shape[:-1]
-    if labels is not None or mask is not None or row_weights is not None or shift:
-        labels, row_weights = _fold(student, labels, mask, row_weights, spec.ignore_index, shift)
-    if student.dim() != 2:
-        _same_leading(student, teacher)
-        student = student.reshape(-1, student.shape[-1])
-        teacher = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
-    if reduction == "none":
-        if return_parts or num_items_in_batch is not None or inplace:
-            raise ValueError(
-                "kd_loss: reduction must not be 'none' with return_parts, num_items_in_batch or "
-                "inplace, got 'none'"
-            )
-        rows = op.kd_loss_rows(student, teacher, labels, row_weights, spec, backend=backend)
-        return rows.view(leading)
-    denominator = None
-    if num_items_in_batch is not None:
-        denominator = _denominator(student, num_items_in_batch)
-    elif reduction == "batchmean":
-        denominator = torch.full((), leading[0] if leading else 1, device=student.device).float()
-    loss, parts = op.kd_loss(
-        student, teacher, labels, row_weights, denominator, spec, inplace=inplace, backend=backend
-    )
-    if not return_parts:
-        return loss
-    return KDParts(loss, parts[1] * t2, parts[0], parts[2] * spec.z_loss, parts[3])
-
-
-def _fold(
-    student: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    row_weights: Tensor | None,
-    ignore_index: int,
-    shift: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Labels with mask and shift in them, and row weights, both flat."""
-    leading = student.shape[:-1]
-    for name, x in (("labels", labels), ("mask", mask), ("row_weights", row_weights)):
-        if x is not None and x.shape != leading:
-            raise ValueError(
-                f"kd_loss: {name} must have the leading shape of student {list(leading)}, "
-                f"got {list(x.shape)}"
-            )
-    if labels is not None and labels.dtype != torch.int64:
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise TypeError(f"kd_loss: labels must be integers, got {labels.dtype}")
-        labels = labels.long()
-    if mask is not None:
-        keep = mask if mask.dtype == torch.bool else mask != 0
-        labels = torch.where(keep, 0 if labels is None else labels, ignore_index)
-    if shift:
-        if shift != 1 or len(leading) < 1:
-            raise ValueError(f"kd_loss: shift must be 0, or 1 for sequences, got {shift!r}")
-        if labels is None:
-            labels = student.new_zeros(leading, dtype=torch.int64)
-        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        if row_weights is not None:
-            row_weights = torch.nn.functional.pad(row_weights[..., 1:], (0, 1))
-    if labels is not None and labels.dim() != 1:
-        labels = labels.reshape(-1)
-    if row_weights is not None:
-        _check_weights(row_weights)
-        row_weights = row_weights.reshape(-1)
-    return labels, row_weights
-
-
-def _check_weights(row_weights: Tensor) -> None:
-    """Weights on the CPU can be looked at without a synchronisation."""
-    if row_weights.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not torch.isfinite(row_weights).all():
-        raise ValueError("kd_loss: row_weights must be finite, got NaN or inf")
-
-
-def _same_leading(student: Tensor, teacher: Tensor | None) -> None:
-    if teacher is not None and teacher.shape[:-1] != student.shape[:-1]:
-        raise ValueError(
-            f"kd_loss: teacher must have the shape of student {list(student.shape)}, "
-            f"got {list(teacher.shape)}"
-        )
-
-
-def _denominator(student: Tensor, count: int | Tensor) -> Tensor:
-    # A tensor, also for a number: a number that changes each step would recompile each step.
-    if isinstance(count, Tensor):
-        if count.numel() != 1:
-            raise ValueError(
-                f"kd_loss: num_items_in_batch must be one number, got shape {list(count.shape)}"
-            )
-        return count.detach().reshape(()).to(student.device, torch.float32)
-    if count < 0:
-        raise ValueError(f"kd_loss: num_items_in_batch must not be negative, got {count}")
-    return torch.full((), count, device=student.device, dtype=torch.float32)
-
-
-@lru_cache(maxsize=256)
-def _kd_spec(
-    temperature: float,
-    alpha: float | None,
-    ce_weight: float | None,
-    kd_weight: float | None,
-    divergence: str,
-    beta: float,
-    scale_t2: bool,
-    label_smoothing: float,
-    smoothing_convention: str,
-    z_loss: float,
-    logit_scale: float | tuple[float, float],
-    softcap: float | None | tuple[float | None, float | None],
-    classes: int,
-    ignore_index: int,
-    reduction: str,
-    has_teacher: bool,
-    has_labels: bool,
-    return_parts: bool,
-    columns: int,
-) -> tuple[Spec, float]:
-    """Validates the numbers of a ``kd_loss`` call; cached, so it costs nothing in a loop."""
-    name = "kd_loss"
-    _positive(name, "temperature", temperature)
-    _choice(name, "divergence", divergence, tuple(DIVERGENCES))
-    _choice(name, "reduction", reduction, REDUCTIONS)
-    _choice(name, "smoothing_convention", smoothing_convention, ("torch", "tfkd"))
-    _number(name, "beta", beta, 0.0, 1.0)
-    _number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
-    _number(name, "z_loss", z_loss, 0.0, math.inf)
-    if classes == 0 or classes < -1:
-        raise ValueError(f"kd_loss: vocab_size must be at least 1, got {classes}")
-    ce, kd = _weights(alpha, ce_weight, kd_weight, has_teacher, has_labels)
-    kind = DIVERGENCES[divergence]
-    if kind == Divergence.JSD and beta in (0.0, 1.0):
-        # The limits that users of beta expect; the formula itself gives 0 there.
-        kind = Divergence.FORWARD_KL if beta == 0.0 else Divergence.REVERSE_KL
-    if not has_teacher or (kd == 0.0 and not return_parts):
-        kind = Divergence.NONE
-    real = classes if classes > 0 else columns
-    if label_smoothing and smoothing_convention == "tfkd":
-        label_smoothing = label_smoothing * real / (real - 1) if real > 1 else 0.0
-    t2 = float(temperature) ** 2 if scale_t2 else 1.0
-    if reduction == "element_mean":
-        t2 /= real
-    scales, caps = _pair(name, "logit_scale", logit_scale), _pair(name, "softcap", softcap)
-    for cap in caps:
-        if cap is not None:
-            _positive(name, "softcap", cap)
-    for scale in scales:
-        _number(name, "logit_scale", scale, -math.inf, math.inf)
-    spec = Spec(
-        divergence=int(kind),
-        beta=float(beta),
-        temperature=float(temperature),
-        ce_weight=ce,
-        kd_weight=kd * t2,
-        label_smoothing=float(label_smoothing),
-        z_loss=float(z_loss),
-        student_scale=float(scales[0] or 0.0),
-        teacher_scale=float(scales[1] or 0.0),
-        student_softcap=float(caps[0] or 0.0),
-        teacher_softcap=float(caps[1] or 0.0),
-        ignore_index=ignore_index,
-        classes=classes,
-        mean=reduction in ("mean", "element_mean"),
-        want_ce=return_parts and has_labels,
-    )
-    return spec, t2
-
-
-def _weights(
-    alpha: float | None,
-    ce_weight: float | None,
-    kd_weight: float | None,
-    has_teacher: bool,
-    has_labels: bool,
-) -> tuple[float, float]:
-    """``(ce_weight, kd_weight)`` from either form, checked against what is there."""
-    if alpha is not None and (ce_weight is not None or kd_weight is not None):
-        raise ValueError("kd_loss: alpha must not be given together with ce_weight or kd_weight")
-    if (ce_weight is None) != (kd_weight is None):
-        raise ValueError("kd_loss: ce_weight and kd_weight must be given together")
-    if alpha is not None:
-        _number("kd_loss", "alpha", alpha, 0.0, 1.0)
-        ce, kd = 1.0 - alpha, float(alpha)
-    elif ce_weight is not None and kd_weight is not None:
-        _number("kd_loss", "ce_weight", ce_weight, -math.inf, math.inf)
-        _number("kd_loss", "kd_weight", kd_weight, -math.inf, math.inf)
-        ce, kd = float(ce_weight), float(kd_weight)
-    elif has_teacher and has_labels:
-        ce, kd = 0.5, 0.5
-    else:
-        ce, kd = (0.0, 1.0) if has_teacher else (1.0, 0.0)
-    if kd != 0.0 and not has_teacher:
-        raise ValueError(f"kd_loss: teacher must be given with a KD weight of {kd:g}, got None")
-    if ce != 0.0 and not has_labels:
-        raise ValueError(
-            f"kd_loss: labels must be given with a cross-entropy weight of {ce:g}, got None"
-        )
-    return ce, kd
-
-
-def _pair(name: str, argument: str, value: object) -> tuple[float | None, float | None]:
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise ValueError(
-                f"{name}: {argument} must be a number or a (student, teacher) pair, got {value!r}"
-            )
-        return value
-    return value, value  # type: ignore[return-value]
-
-
-def _number(name: str, argument: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
-    # No math.isfinite: under torch.compile(dynamic=True) the value may be symbolic.
-    if not (low <= value <= high) or not (-math.inf < value < math.inf):
-        contract = "finite" if math.isinf(low) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}: {argument} must be {contract}, got {value!r}")
-
-
-def _positive(name: str, argument: str, value: object) -> None:
-    _number(name, argument, value, -math.inf, math.inf)
-    if value <= 0:  # type: ignore[operator]
-        raise ValueError(f"{name}: {argument} must be positive, got {value!r}")
-
-
-def _choice(name: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")

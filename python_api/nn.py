@@ -41,7 +41,7 @@ class KDLoss(_Loss):
 
     def forward(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, **kw: Any
-    ) -> Tensor | functional.KDParts:
+    ) -> Any:
         """Student and teacher logits ``[..., vocab]``, labels ``[...]``."""
         return self._call(student, teacher, labels, **kw)
 

@@ -1,5 +1,6 @@
 """What an install ships. The tests marked ``packaging`` build for real; run them with
-``python -m pytest tests/test_packaging.py -m packaging``."""
+``python -m pytest tests/test_packaging.py -m packaging``.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,12 @@ def run(*command: str, cwd: Path | None = None, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def entries(sdist: Path) -> set[str]:
+    """Files of an sdist, without its top folder."""
+    with tarfile.open(sdist) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
 
 
 def build(kind: str, out: Path, **environment: str) -> Path:
@@ -122,7 +129,7 @@ def test_pure_wheel(pure_wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.packaging
 def test_sdist_builds_a_working_native_wheel(tmp_path: Path) -> None:
     sdist = build("sdist", tmp_path / "sdist")
-    names = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
+    names = entries(sdist)
     for needed in ("CMakeLists.txt", "csrc/kd_loss/kd_loss_cpu.cpp", "python_api/functional.py",
                    "bench/run.py", "setup.py", "LICENSE", "README.md"):  # fmt: skip
         assert needed in names

@@ -10,6 +10,7 @@
 namespace kd {
 
 // An uninitialised, contiguous CPU tensor [rows, columns].
-torch::stable::Tensor pooled_empty(int64_t rows, int64_t columns, const torch::stable::Tensor& like);
+torch::stable::Tensor pooled_empty(int64_t rows, int64_t columns,
+                                   const torch::stable::Tensor& like);
 
 }  // namespace kd

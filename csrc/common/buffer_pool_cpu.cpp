@@ -15,7 +15,7 @@ namespace kd {
 
 namespace {
 
-constexpr size_t kSmallest = 4 << 20;          // below, the system allocator keeps its memory itself
+constexpr size_t kSmallest = 4 << 20;  // below, the system allocator keeps its memory itself
 constexpr size_t kKeptBytes = size_t{2} << 30;  // at most this much waits for reuse,
 constexpr size_t kKeptBlocks = 2;               // in at most this many blocks
 constexpr size_t kHugePage = 2 << 20;
@@ -98,7 +98,8 @@ size_t element_bytes(torch::headeronly::ScalarType dtype) {
 torch::stable::Tensor pooled_empty(int64_t rows, int64_t columns,
                                    const torch::stable::Tensor& like) {
   const size_t bytes = rows * columns * element_bytes(like.scalar_type());
-  if (bytes < kSmallest) return empty_cpu(std::array<int64_t, 2>{rows, columns}, like.scalar_type());
+  if (bytes < kSmallest)
+    return empty_cpu(std::array<int64_t, 2>{rows, columns}, like.scalar_type());
   return torch::stable::from_blob(pool().take(bytes), {rows, columns}, {columns, 1}, like.device(),
                                   like.scalar_type(), [](void* data) { pool().give_back(data); });
 }

@@ -162,11 +162,11 @@ void reduce(const KdLossCall& call, const std::vector<RowTerms>& terms, const ac
   out[3] = static_cast<acc_t>(valid);
 }
 
-std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student,                      // [rows, columns]
-                                       const std::optional<Tensor>& teacher,       // the same rows
-                                       const std::optional<Tensor>& labels,        // [rows] int64
-                                       const std::optional<Tensor>& row_weights,   // [rows]
-                                       const std::optional<Tensor>& denominator,   // []
+std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student,                     // [rows, columns]
+                                       const std::optional<Tensor>& teacher,      // the same rows
+                                       const std::optional<Tensor>& labels,       // [rows] int64
+                                       const std::optional<Tensor>& row_weights,  // [rows]
+                                       const std::optional<Tensor>& denominator,  // []
                                        KdLossSpec spec, Tensor* grad) {
   check_rows(student, kOp, "student");
   const int64_t rows = student.size(0), columns = student.size(1);
@@ -250,9 +250,21 @@ KdLossSpec make_spec(int64_t divergence, double beta, double temperature, double
                      double kd_weight, double label_smoothing, double z_loss, double student_scale,
                      double teacher_scale, double student_softcap, double teacher_softcap,
                      int64_t ignore_index, int64_t classes, bool mean, bool want_ce) {
-  return {static_cast<Divergence>(divergence), beta, temperature, ce_weight, kd_weight,
-          label_smoothing, z_loss, student_scale, teacher_scale, student_softcap, teacher_softcap,
-          ignore_index, classes, mean, want_ce};
+  return {static_cast<Divergence>(divergence),
+          beta,
+          temperature,
+          ce_weight,
+          kd_weight,
+          label_smoothing,
+          z_loss,
+          student_scale,
+          teacher_scale,
+          student_softcap,
+          teacher_softcap,
+          ignore_index,
+          classes,
+          mean,
+          want_ce};
 }
 
 using MaybeTensor = std::optional<Tensor>;

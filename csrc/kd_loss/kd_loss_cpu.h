@@ -19,10 +19,10 @@ struct KdLossCall {
   const char* teacher;  // [rows, >= classes], or null
   char* grad;           // [rows, columns], or null: loss only
   int64_t student_stride, teacher_stride, grad_stride;
-  const int64_t* labels;      // [rows], or null
-  const float* row_weights;   // [rows], or null
-  double scale;               // 1 / denominator
-  bool stream;                // store the gradient past the cache
+  const int64_t* labels;     // [rows], or null
+  const float* row_weights;  // [rows], or null
+  double scale;              // 1 / denominator
+  bool stream;               // store the gradient past the cache
 };
 
 // Unweighted terms of one row.

@@ -14,10 +14,10 @@ constexpr double kLog2E = 1.4426950408889634;
 enum class Softmax { kShared, kSquare, kSeparate };
 
 struct Blocks {
-  float* a;             // exp of the student at T; JSD: its probability
-  float* b;             // exp of the teacher; reverse KL: difference of logits; JSD: log ratio
-  float* c;             // exp of the student at temperature 1, where a does not give it
-  float* student_ref;   // per block: the maximum its exponentials are relative to
+  float* a;            // exp of the student at T; JSD: its probability
+  float* b;            // exp of the teacher; reverse KL: difference of logits; JSD: log ratio
+  float* c;            // exp of the student at temperature 1, where a does not give it
+  float* student_ref;  // per block: the maximum its exponentials are relative to
   float* teacher_ref;
 };
 
@@ -199,18 +199,18 @@ static StoreBlock storer(Dtype dtype) {
 
 // What pass 2 needs of pass 1, with all factors of the row folded in.
 struct Slope {
-  float divergence;   // factor of the divergence's part
-  float ce;           // factor of the softmax at temperature 1
-  float uniform;      // constant subtracted from every live class
+  float divergence;                                // factor of the divergence's part
+  float ce;                                        // factor of the softmax at temperature 1
+  float uniform;                                   // constant subtracted from every live class
   float student_inv, student_ce_inv, teacher_inv;  // 1 / sum of exponentials
-  float mean;         // expectation to subtract inside the divergence's part
+  float mean;  // expectation to subtract inside the divergence's part
 };
 
 // exp((ref of the block - final ref) / T): 1 for blocks that saw the row's maximum.
 static inline float rescale(float block_ref, float final_ref, double inv_temperature) {
   if (block_ref == final_ref) return 1.0f;
-  return static_cast<float>(std::exp((static_cast<double>(block_ref) - final_ref) *
-                                     inv_temperature));
+  return static_cast<float>(
+      std::exp((static_cast<double>(block_ref) - final_ref) * inv_temperature));
 }
 
 // Pass 2 over one block: the gradient for the (scaled, capped) student logits, as floats.
@@ -237,8 +237,8 @@ static void slope_of_block(const float* a, const float* b, const float* c, int n
     if constexpr (D == Divergence::kJsd) part = ps * (load(b + i) - mean);
     if constexpr (D == Divergence::kTvd) {
       const Vec difference = ps - load(b + i) * teacher;
-      const Vec sign = select(difference > 0.0f, splat(1.0f),
-                              select(difference < 0.0f, splat(-1.0f), Vec{}));
+      const Vec sign =
+          select(difference > 0.0f, splat(1.0f), select(difference < 0.0f, splat(-1.0f), Vec{}));
       part = ps * (sign - mean);
     }
     Vec g = part * k.divergence - uniform;
@@ -263,8 +263,8 @@ static void middle_block(float* a, float* b, int n, float to_student, float to_t
     const Vec difference = ps - pt;
     if constexpr (D == Divergence::kTvd) {
       first += select(difference < 0.0f, -difference, difference);
-      const Vec sign = select(difference > 0.0f, splat(1.0f),
-                              select(difference < 0.0f, splat(-1.0f), Vec{}));
+      const Vec sign =
+          select(difference > 0.0f, splat(1.0f), select(difference < 0.0f, splat(-1.0f), Vec{}));
       second = fma(ps, sign, second);
     } else {
       const Vec tiny = splat(kTiny);
@@ -488,10 +488,13 @@ class Row {
       }
     }
     const double ce = outer * (spec_.ce_weight + 2.0 * spec_.z_loss * lse_);
-    const Slope k{static_cast<float>(divergence),          static_cast<float>(ce),
-                  static_cast<float>(uniform),             static_cast<float>(1.0 / sums_.student),
+    const Slope k{static_cast<float>(divergence),
+                  static_cast<float>(ce),
+                  static_cast<float>(uniform),
+                  static_cast<float>(1.0 / sums_.student),
                   static_cast<float>(1.0 / sums_.student_ce),
-                  static_cast<float>(1.0 / sums_.teacher), static_cast<float>(mean_)};
+                  static_cast<float>(1.0 / sums_.teacher),
+                  static_cast<float>(mean_)};
     for (int64_t block = 0; block < blocks_of(spec_.classes); ++block) {
       alignas(64) float out[kBlock + kLanes];
       write_block(block, k, static_cast<float>(at_label), out);

@@ -27,7 +27,7 @@ void scale_rows(scalar_t* grad, int64_t rows, int64_t columns, int64_t stride, a
   });
 }
 
-void scale_grad_(Tensor grad,           // [rows, columns], unit column stride
+void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
                  const Tensor& scale) {  // [] float32 or float64
   check_rows(grad, kOp, "grad");
   STD_TORCH_CHECK(scale.numel() == 1, kOp, ": scale must have one element, got ", scale.numel());

@@ -12,9 +12,10 @@ from helpers.backends import Backend
 from helpers.budget import assert_same_direction, assert_within_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kdkernels.ops.kd_loss import Divergence, Spec, kd_loss, kd_loss_rows
 from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad, kd_loss_grad_
-from torch import Tensor
 
 D = Divergence
 BASE = Spec(ce_weight=0.4, kd_weight=0.6, temperature=2.0)
@@ -124,7 +125,9 @@ def widths(backend: Backend) -> tuple[int, ...]:
     return (1, 2, 17, 300) if backend.interpreted else (1, 2, 3, 17, 1024, 1025, 5003)
 
 
-@pytest.mark.parametrize("spec", DIVERGENCES, ids=lambda s: f"{D(s.divergence).name}-T{s.temperature}")
+@pytest.mark.parametrize(
+    "spec", DIVERGENCES, ids=lambda s: f"{D(s.divergence).name}-T{s.temperature}"
+)
 def test_matches_reference(backend: Backend, spec: Spec) -> None:
     for columns in widths(backend):
         check(make(3, columns, spec), backend, torch.float32)
@@ -424,7 +427,9 @@ def arguments(inputs: Inputs) -> tuple[Any, ...]:
     return (inputs.student.detach(), teacher, inputs.labels, inputs.row_weights, None, *inputs.spec)
 
 
-@pytest.mark.parametrize("primitive", [kd_loss_forward, kd_loss_grad, kd_loss_grad_], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "primitive", [kd_loss_forward, kd_loss_grad, kd_loss_grad_], ids=lambda p: p.name
+)
 def test_opcheck(backend: Backend, primitive: Any) -> None:
     if backend.name == "reference":
         pytest.skip("the reference is plain PyTorch, not an operator")
@@ -481,7 +486,9 @@ def test_labels_out_of_range(backend: Backend) -> None:
     inputs = make(3, 12, Spec(ce_weight=1.0), ignore=False).to(torch.float32, backend.device)
     inputs.labels[2] = 12
     if backend.name == "native" and backend.device == "cpu":
-        with pytest.raises(RuntimeError, match=r"kd_loss: labels must be in \[0, 12\).*got 12 in row 2"):
+        with pytest.raises(
+            RuntimeError, match=r"kd_loss: labels must be in \[0, 12\).*got 12 in row 2"
+        ):
             inputs.run(backend.name)
     else:
         loss, _, grad = inputs.run(backend.name)
@@ -492,7 +499,9 @@ def test_labels_out_of_range(backend: Backend) -> None:
 
 def test_repeatable(backend: Backend) -> None:
     columns = 500 if backend.interpreted else 40000
-    inputs = make(8, columns, BASE._replace(divergence=int(D.JSD))).to(torch.bfloat16, backend.device)
+    inputs = make(8, columns, BASE._replace(divergence=int(D.JSD))).to(
+        torch.bfloat16, backend.device
+    )
     first, second = inputs.run(backend.name), inputs.run(backend.name)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.backends import Backend
 from helpers.budget import assert_within_budget
+
 from kdkernels.ops.scale_grad import scale_grad_
 
 

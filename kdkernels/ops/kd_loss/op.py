@@ -71,12 +71,13 @@ def kd_loss(
     Args:
         student: logits, ``[rows, columns]``; float32, bfloat16, float16 or float64; any row
             stride, unit column stride (another layout is copied).
-        teacher: logits, ``[rows, columns]``, any of these dtypes; ``None`` where ``spec`` needs none.
+        teacher: logits, ``[rows, columns]``, any of these dtypes; ``None`` where ``spec``
+            needs none.
         labels: ``[rows]`` int64. A row whose label is ``spec.ignore_index`` is not valid: it is
             never read, adds nothing and gets a zero gradient. ``None``: every row is valid.
         row_weights: ``[rows]`` float32 factors of the rows' losses.
-        denominator: ``[]``; the sum is divided by it (0 counts as 1). ``None``: by the number of valid
-            rows where ``spec.mean``, else by 1.
+        denominator: ``[]``; the sum is divided by it (0 counts as 1). ``None``: by the number of
+            valid rows where ``spec.mean``, else by 1.
         spec: see :class:`~kdkernels.ops.kd_loss.spec.Spec`.
         inplace: overwrite ``student`` with the gradient instead of allocating it.
         backend: ``native``, ``triton``, ``reference``, or ``None`` to choose.
@@ -136,7 +137,7 @@ class _KDLoss(torch.autograd.Function):
     # Old-style forward(ctx, ...): setup_context costs 9 us more a call (measured, torch 2.13).
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor | None,
@@ -182,7 +183,7 @@ class _KDLoss(torch.autograd.Function):
 
 class _KDLossRows(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor | None,
@@ -194,7 +195,7 @@ class _KDLossRows(torch.autograd.Function):
         _, _, rows = kd_loss_forward(backend, student, teacher, labels, row_weights, None, *spec)
         ctx.save_for_backward(student, teacher, labels, row_weights)
         ctx.spec, ctx.backend = spec, backend
-        return rows  # type: ignore[no-any-return]
+        return rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -8,7 +8,7 @@ from torch import Tensor
 from kdkernels._triton import device_guard
 from kdkernels.ops.scale_grad.op import scale_grad_
 
-_BLOCK = 2048
+_BLOCK = 2048  # 8 elements a thread: 16 bytes of bf16
 _PROGRAMS = 2048  # fills any GPU of today: 160 multiprocessors with 8 programs of 8 warps each
 
 
@@ -19,14 +19,16 @@ def scale_grad_triton(grad: Tensor, scale: Tensor) -> None:
 
     from kdkernels.ops.scale_grad.triton_kernels import scale_grad_kernel
 
-    size = grad.numel()
-    if size == 0:
+    rows, columns = grad.shape
+    if grad.numel() == 0:
         return
     with device_guard(grad):
-        scale_grad_kernel[(min(-(-size // _BLOCK), _PROGRAMS),)](
+        scale_grad_kernel[(min(rows * -(-columns // _BLOCK), _PROGRAMS),)](
             grad,
             scale,
-            size,
+            grad.stride(0),
+            rows,
+            columns,
             ACCUMULATE=tl.float64 if grad.dtype == torch.float64 else tl.float32,
             BLOCK=_BLOCK,
             num_warps=8,

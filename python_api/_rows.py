@@ -1,0 +1,140 @@
+"""The tensors of a call: leading dimensions, mask and shift folded away, results reduced."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops import kd_loss as op
+from kdkernels.ops.kd_loss import Spec
+
+
+class KDParts(NamedTuple):
+    """A loss and what it is made of: ``loss = ce_weight * ce + kd_weight * kd + extra``.
+
+    Every field is a 0-dim tensor on the device of the logits, reduced like the loss; only ``loss``
+    carries a gradient. Nothing was synchronised to make them: log them when you sync anyway.
+    """
+
+    loss: Tensor
+    kd: Tensor  # divergence, T^2 included where scale_t2 is on
+    ce: Tensor  # hard cross-entropy
+    extra: Tensor  # z_loss * mean logsumexp^2
+    n_valid: Tensor  # valid rows of this call
+
+
+def reduce_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
+    t2: float,
+    *,
+    mask: Tensor | None,
+    shift: int,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    row_weights: Tensor | None,
+    backend: str | None,
+    inplace: bool = False,
+    return_parts: bool = False,
+) -> Any:
+    """Flattens leading dimensions, folds mask and shift into labels, reduces."""
+    if student.dim() == 0:
+        raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
+    leading = student.shape[:-1]
+    if labels is not None or mask is not None or row_weights is not None or shift:
+        labels, row_weights = _fold(student, labels, mask, row_weights, spec.ignore_index, shift)
+    if student.dim() != 2:
+        _same_leading(student, teacher)
+        student = student.reshape(-1, student.shape[-1])
+        teacher = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
+    if reduction == "none":
+        if return_parts or num_items_in_batch is not None or inplace:
+            raise ValueError(
+                "kd_loss: reduction must not be 'none' with return_parts, num_items_in_batch or "
+                "inplace, got 'none'"
+            )
+        rows = op.kd_loss_rows(student, teacher, labels, row_weights, spec, backend=backend)
+        return rows.view(leading)
+    denominator = None
+    if num_items_in_batch is not None:
+        denominator = _denominator(student, num_items_in_batch)
+    elif reduction == "batchmean":
+        denominator = torch.full((), leading[0] if leading else 1, device=student.device).float()
+    loss, parts = op.kd_loss(
+        student, teacher, labels, row_weights, denominator, spec, inplace=inplace, backend=backend
+    )
+    if not return_parts:
+        return loss
+    return KDParts(loss, parts[1] * t2, parts[0], parts[2] * spec.z_loss, parts[3])
+
+
+def _fold(
+    student: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    row_weights: Tensor | None,
+    ignore_index: int,
+    shift: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels with mask and shift in them, and row weights, both flat."""
+    leading = student.shape[:-1]
+    for name, x in (("labels", labels), ("mask", mask), ("row_weights", row_weights)):
+        if x is not None and x.shape != leading:
+            raise ValueError(
+                f"kd_loss: {name} must have the leading shape of student {list(leading)}, "
+                f"got {list(x.shape)}"
+            )
+    if labels is not None and labels.dtype != torch.int64:
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise TypeError(f"kd_loss: labels must be integers, got {labels.dtype}")
+        labels = labels.long()
+    if mask is not None:
+        keep = mask if mask.dtype == torch.bool else mask != 0
+        labels = torch.where(keep, 0 if labels is None else labels, ignore_index)
+    if shift:
+        if shift != 1 or len(leading) < 1:
+            raise ValueError(f"kd_loss: shift must be 0, or 1 for sequences, got {shift!r}")
+        if labels is None:
+            labels = student.new_zeros(leading, dtype=torch.int64)
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        if row_weights is not None:
+            row_weights = torch.nn.functional.pad(row_weights[..., 1:], (0, 1))
+    if labels is not None and labels.dim() != 1:
+        labels = labels.reshape(-1)
+    if row_weights is not None:
+        _check_weights(row_weights)
+        row_weights = row_weights.reshape(-1)
+    return labels, row_weights
+
+
+def _check_weights(row_weights: Tensor) -> None:
+    """Weights on the CPU can be looked at without a synchronisation."""
+    if row_weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not torch.isfinite(row_weights).all():
+        raise ValueError("kd_loss: row_weights must be finite, got NaN or inf")
+
+
+def _same_leading(student: Tensor, teacher: Tensor | None) -> None:
+    if teacher is not None and teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"kd_loss: teacher must have the shape of student {list(student.shape)}, "
+            f"got {list(teacher.shape)}"
+        )
+
+
+def _denominator(student: Tensor, count: int | Tensor) -> Tensor:
+    # A tensor, also for a number: a number that changes each step would recompile each step.
+    if isinstance(count, Tensor):
+        if count.numel() != 1:
+            raise ValueError(
+                f"kd_loss: num_items_in_batch must be one number, got shape {list(count.shape)}"
+            )
+        return count.detach().reshape(()).to(student.device, torch.float32)
+    if count < 0:
+        raise ValueError(f"kd_loss: num_items_in_batch must not be negative, got {count}")
+    return torch.full((), count, device=student.device, dtype=torch.float32)
