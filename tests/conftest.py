@@ -17,9 +17,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import helpers by name
 
+from emulation import backend as emulation
 from helpers.backends import Backend
 
-EMULATED = "being built"  # None, or the reason why the emulated CUDA kernels cannot run
+EMULATED = emulation.load()  # None, or the reason why the emulated CUDA kernels cannot run
 
 
 def _backends() -> list[Backend]:

@@ -109,8 +109,13 @@ def check(inputs: Inputs, backend: Backend, dtype: torch.dtype) -> None:
     expected = oracle.run("reference")
     reference = low.run("reference")
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    for i in range(2):
-        assert_within_budget(actual[i], expected[i], reference[i], accumulate)
+    # The loss is a sum of terms of either sign (negative entropy) that may cancel.
+    ce, divergence, lse_squared, _ = expected[1].abs()
+    spec = inputs.spec
+    terms = spec.ce_weight * ce + spec.kd_weight * divergence + spec.z_loss * lse_squared
+    unit = float(terms) if torch.isfinite(terms) else 0.0
+    assert_within_budget(actual[0], expected[0], reference[0], accumulate, unit=unit)
+    assert_within_budget(actual[1], expected[1], reference[1], accumulate)
     assert actual[0].dtype == accumulate and actual[2].dtype == dtype
     # With one or two classes the probabilities of a row may cancel to nothing.
     unit = 1.0 / max(inputs.student.shape[0], 1) if inputs.student.shape[1] <= 2 else 0.0
@@ -258,6 +263,8 @@ def test_noncontiguous(backend: Backend, layout: str) -> None:
 
 
 def test_mixed_dtypes(backend: Backend) -> None:
+    if backend.name == "emulated":
+        pytest.skip("the CUDA kernel takes student and teacher of one dtype")
     inputs = make(3, 50, BASE._replace(divergence=int(D.FORWARD_KL))).to(
         torch.float32, backend.device
     )
