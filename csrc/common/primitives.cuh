@@ -55,7 +55,15 @@ __device__ __forceinline__ uint32_t pack_pair<half_t>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// ---- shared memory ----------------------------------------------------------------------------
+// ---- memory ----------------------------------------------------------------------------
+
+// Stores 16 bytes to an aligned address in global memory. (The compiler splits a plain store of a
+// uint4 that it could take apart.)
+__device__ __forceinline__ void store_16(void* global, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
 
 // All shared memory of the project's kernels is the dynamic one, aligned to 16 bytes.
 __device__ __forceinline__ char* dynamic_shared() {
@@ -83,11 +91,19 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- clusters (sm_90 and later; a plan never asks for one elsewhere) -----------------------------
 
-// Barrier of all threads of the cluster, in two halves; memory written before arrive by any
-// thread is visible after wait.
+// Barrier of all threads of the cluster, in two halves. What a thread wrote before cluster_arrive
+// is visible to all after cluster_wait; what it wrote before cluster_arrive_relaxed need not be,
+// which saves a fence over all of its memory.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #else
   __trap();
 #endif

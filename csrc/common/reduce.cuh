@@ -54,6 +54,8 @@ __device__ __forceinline__ Value reduce_row(Value value, Value neutral,
     if (warp == 0 || ranks == 1) {
       value = across_warp(lane < warps ? space.warps[lane] : neutral);
     }
+  } else {
+    __syncwarp();  // a barrier for the memory of the row too, as above
   }
   if (ranks == 1) return value;
   if (warp == 0 && lane < ranks) {
@@ -64,7 +66,12 @@ __device__ __forceinline__ Value reduce_row(Value value, Value neutral,
       store_to_block(to + i, lane, from[i]);
     }
   }
-  cluster_arrive();
+  // Only the first warp has sent anything.
+  if (warp == 0) {
+    cluster_arrive();
+  } else {
+    cluster_arrive_relaxed();
+  }
   cluster_wait();
   return across_warp(lane < ranks ? space.ranks[lane] : neutral);
 }

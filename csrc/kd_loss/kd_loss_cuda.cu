@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_vector(const RowView<scalar_t>& row, int f
                                              const float (&x)[kVectorSize<scalar_t>]) {
   constexpr int kSize = kVectorSize<scalar_t>;
   if (row.aligned && first >= 0 && first + kSize <= classes) {
-    *reinterpret_cast<uint4*>(row.data + first) = pack<scalar_t>(x);
+    store_16(row.data + first, pack<scalar_t>(x));
     return;
   }
 #pragma unroll
@@ -235,6 +235,9 @@ __device__ void fill_gradient(const RowView<scalar_t>& grad, const Walk& walk, f
   }
 }
 
+// What the sum over rows is multiplied by; a divisor of 0 counts as 1.
+__device__ float loss_scale(float divisor) { return 1.0f / (divisor == 0.0f ? 1.0f : divisor); }
+
 template <typename scalar_t, Divergence kD, bool kOnChip>
 __global__ void __launch_bounds__(kKdLossMaxThreads, 2)
     kd_loss_rows(const RowsCall<scalar_t> call) {
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(kKdLossMaxThreads, 2)
   }
 
   // Completed before the first reduction sends anything: then every block has started.
-  if (ranks > 1) cluster_arrive();
+  if (ranks > 1) cluster_arrive_relaxed();
   const ReduceSpace<RowStats> stats_space(dynamic_shared());
   const ReduceSpace<RowSums> sums_space(reinterpret_cast<char*>(stats_space.ranks + ranks));
   const auto logits = open_row<scalar_t, kD, kOnChip>(
@@ -336,9 +339,9 @@ __global__ void __launch_bounds__(kKdLossMaxThreads, 2)
 
   float scale = call.scale;
   if (call.denominator != nullptr) {
-    scale = 1.0f / *call.denominator;
+    scale = loss_scale(*call.denominator);
   } else if (call.count != nullptr) {
-    scale = 1.0f / fmaxf(*call.count, 1.0f);
+    scale = loss_scale(*call.count);
   }
   const typename Math::Slope slopes = math.slopes(n, weight * scale);
   const int labelled = call.needs_labels ? static_cast<int>(label) : -kSize;
@@ -410,9 +413,9 @@ __global__ void __launch_bounds__(kTotalThreads) kd_loss_totals(const TotalsCall
   if (threadIdx.x != 0) return;
   float scale = 1.0f;
   if (call.denominator != nullptr) {
-    scale = 1.0f / *call.denominator;
+    scale = loss_scale(*call.denominator);
   } else if (call.mean) {
-    scale = 1.0f / fmaxf(all.count, 1.0f);
+    scale = loss_scale(all.count);
   }
   *call.loss = all.loss * scale;
   call.parts[0] = all.ce * scale;
@@ -442,7 +445,8 @@ void dispatch_divergence(Divergence divergence, const Body& body) {
 LogitRule logit_rule(double scale, double softcap, double temperature) {
   const bool plain = softcap == 0.0 && scale > 0.0;
   return {static_cast<float>(kLog2E / temperature * (plain ? scale : 1.0)),
-          static_cast<float>(scale), static_cast<float>(softcap),
+          static_cast<float>(plain ? scale : 1.0), static_cast<float>(scale),
+          static_cast<float>(softcap),
           static_cast<float>(softcap != 0.0 ? 1.0 / softcap : 0.0), plain};
 }
 
@@ -458,15 +462,14 @@ RowNumbers row_numbers(const KdLossSpec& spec) {
                                                               : Heat::kOther;
   n.want_ce = spec.needs_ce();
   n.want_z = want_z;
-  n.want_sums = (spec.needs_ce() && spec.label_smoothing != 0.0) ||
-                spec.divergence == Divergence::kSpike;
   n.temperature = static_cast<float>(temperature);
   n.beta = static_cast<float>(spec.beta);
   n.one_minus_beta = 1.0f - n.beta;
   n.ce_weight = static_cast<float>(spec.ce_weight);
   n.kd_weight = static_cast<float>(spec.kd_weight);
   n.z_loss = static_cast<float>(spec.z_loss);
-  n.smoothing = static_cast<float>(spec.label_smoothing);
+  n.smoothing = spec.needs_ce() ? static_cast<float>(spec.label_smoothing) : 0.0f;
+  n.want_sums = n.smoothing != 0.0f || spec.divergence == Divergence::kSpike;
   return n;
 }
 

@@ -1,11 +1,13 @@
 // The arithmetic of one row of kd_loss on the GPU: what a thread does with the logits it is given.
 // Where they come from and go to is the kernel's matter (kd_loss_cuda.cu).
 //
-// Exponents are in units of log2: a = c * z - m with c = log2(e) / T and m the largest c * z seen
-// so far, so that a softmax is 2^a over its sum. A class without mass (p = 0, as for a logit of
-// -inf) adds nothing to an expectation: 0 * inf never happens. Student and teacher go through the
-// same rounded operations (explicit fma and mul, which the compiler does not contract), so that
-// equal models give a divergence and a gradient of exactly 0.
+// Exponents are in units of log2: a = c * (z - m) with c = log2(e) / T and m the largest z seen so
+// far, so that a softmax is 2^a over its sum. (One fma(c, z, -c * m) would be cheaper, but then the
+// largest exponent is not exactly 0: a row that is sure of its label would have a loss of rounding
+// errors, also negative.) A class without mass (p = 0, as for a logit of -inf) adds nothing to an
+// expectation: 0 * inf never happens. Student and teacher go through the same rounded operations
+// (explicit mul, which the compiler does not contract), so that equal models give a divergence and
+// a gradient of exactly 0.
 #pragma once
 
 #include "common/reduce.cuh"
@@ -23,6 +25,7 @@ constexpr float kLowest = -1e30f;
 // From the stored x to the exponent of 2.
 struct LogitRule {
   float per_logit;    // c, times scale where plain
+  float natural;      // from a difference of z to one of logits: scale where plain, else 1
   float scale;
   float softcap;      // 0: none
   float per_softcap;  // 1 / softcap
@@ -62,7 +65,8 @@ __device__ __forceinline__ void to_z(const LogitRule& rule, float (&x)[kSize]) {
   for (int i = 0; i < kSize; ++i) {
     float z = x[i] * rule.scale;
     if (rule.softcap != 0.0f && z != kMinusInf) {
-      z = rule.softcap * tanh_f32(z * rule.per_softcap);
+      const float y = z * rule.per_softcap;  // one step of Newton makes it the quotient
+      z = rule.softcap * tanh_f32(fmaf(fmaf(-y, rule.softcap, z), rule.per_softcap, y));
     }
     x[i] = z;
   }
@@ -72,6 +76,10 @@ __device__ __forceinline__ void to_z(const LogitRule& rule, float (&x)[kSize]) {
 __device__ __forceinline__ float slope(const LogitRule& rule, float z) {
   const float y = z * rule.per_softcap;
   return z == kMinusInf ? 0.0f : rule.scale * fmaf(-y, y, 1.0f);
+}
+
+__device__ __forceinline__ float exponent(const LogitRule& rule, float z, float max) {
+  return __fmul_rn(z - max, rule.per_logit);
 }
 
 // What the logits seen so far add up to; also the form in which warps and blocks exchange it.
@@ -103,8 +111,8 @@ struct RowMath {
   // Makes the sums relative to other maxima, none lower than its own.
   __device__ static __forceinline__ void rebase(const RowNumbers& n, RowStats& s, float student_max,
                                                 float teacher_max) {
-    const float ds = s.student_max - student_max;
-    const float dt = kTeacher ? s.teacher_max - teacher_max : 0.0f;
+    const float ds = exponent(n.student, s.student_max, student_max);
+    const float dt = kTeacher ? exponent(n.teacher, s.teacher_max, teacher_max) : 0.0f;
     const float fs = exp2_approx(ds);
     const float ft = kTeacher ? exp2_approx(dt) : 0.0f;
     if constexpr (kD == Divergence::kForwardKl) {
@@ -135,20 +143,18 @@ struct RowMath {
       zs = fmaxf(zs, student[i]);
       if constexpr (kTeacher) zt = fmaxf(zt, teacher[i]);
     }
-    const float cs = n.student.per_logit, ct = n.teacher.per_logit;
-    const float ms = zs * cs, mt = zt * ct;
-    if (ms > s.student_max || (kTeacher && mt > s.teacher_max)) {
-      rebase(n, s, fmaxf(ms, s.student_max), fmaxf(mt, s.teacher_max));
+    if (zs > s.student_max || (kTeacher && zt > s.teacher_max)) {
+      rebase(n, s, fmaxf(zs, s.student_max), fmaxf(zt, s.teacher_max));
     }
     float exps[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float as = fmaf(student[i], cs, -s.student_max);
+      const float as = exponent(n.student, student[i], s.student_max);
       const float es = exp2_approx(as);
       exps[i] = es;
       s.student_sum = __fadd_rn(s.student_sum, es);
       if constexpr (kTeacher) {
-        const float at = fmaf(teacher[i], ct, -s.teacher_max);
+        const float at = exponent(n.teacher, teacher[i], s.teacher_max);
         const float et = exp2_approx(at);
         s.teacher_sum = __fadd_rn(s.teacher_sum, et);
         if constexpr (kD == Divergence::kForwardKl) {
@@ -168,7 +174,7 @@ struct RowMath {
     } else if (n.heat == Heat::kOther) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        s.hard_sum += exp2_approx(n.temperature * fmaf(student[i], cs, -s.student_max));
+        s.hard_sum += exp2_approx(n.temperature * exponent(n.student, student[i], s.student_max));
       }
     }
     if (n.want_sums) {
@@ -176,7 +182,7 @@ struct RowMath {
       for (int i = 0; i < kSize; ++i) {
         if (student[i] > kMinusInf) {
           s.live += 1.0f;
-          s.exponent_sum += fmaf(student[i], cs, -s.student_max);
+          s.exponent_sum += exponent(n.student, student[i], s.student_max);
         }
       }
     }
@@ -211,7 +217,7 @@ struct RowMath {
     student_log = log2f(s.student_sum);
     teacher_log = kTeacher ? log2f(s.teacher_sum) : 0.0f;
     hard_log = n.heat == Heat::kSame ? student_log : log2f(s.hard_sum);
-    lse = kLn2 * fmaf(n.temperature, s.student_max, hard_log);
+    lse = fmaf(n.student.natural, s.student_max, kLn2 * hard_log);
     if constexpr (kD == Divergence::kSpike) {
       const float others = s.live - 1.0f;
       share = others > 0.0f ? n.one_minus_beta / others : 0.0f;
@@ -229,8 +235,7 @@ struct RowMath {
 
   // CE of the row; z is the label's logit.
   __device__ __forceinline__ float cross_entropy(const RowNumbers& n, float z) const {
-    const float a = n.temperature * fmaf(z, n.student.per_logit, -s.student_max);
-    const float hard = kLn2 * (hard_log - a);
+    const float hard = fmaf(n.student.natural, s.student_max - z, kLn2 * hard_log);
     if (n.smoothing == 0.0f) return hard;
     const float spread = kLn2 * (hard_log - n.temperature * s.exponent_sum / s.live);
     return fmaf(1.0f - n.smoothing, hard, n.smoothing * spread);
@@ -252,7 +257,7 @@ struct RowMath {
     } else if constexpr (kD == Divergence::kTvd) {
       return 0.5f * middle.loss;
     } else if constexpr (kD == Divergence::kSpike) {
-      const float a = fmaf(z, n.student.per_logit, -s.student_max);
+      const float a = exponent(n.student, z, s.student_max);
       const float log_label = kLn2 * (a - student_log);
       const float log_sum = kLn2 * fmaf(-s.live, student_log, s.exponent_sum);
       float entropy = at_label > 0.0f ? at_label * logf(at_label) : 0.0f;
@@ -284,8 +289,8 @@ struct RowMath {
                                              const float (&teacher)[kSize]) const {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float as = fmaf(student[i], n.student.per_logit, -s.student_max);
-      const float at = fmaf(teacher[i], n.teacher.per_logit, -s.teacher_max);
+      const float as = exponent(n.student, student[i], s.student_max);
+      const float at = exponent(n.teacher, teacher[i], s.teacher_max);
       const float ps = __fmul_rn(exp2_approx(as), per_student);
       const float pt = __fmul_rn(exp2_approx(at), per_teacher);
       if constexpr (kD == Divergence::kJsd) {
@@ -350,10 +355,10 @@ struct RowMath {
     float exps[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float as = fmaf(student[i], n.student.per_logit, -s.student_max);
+      const float as = exponent(n.student, student[i], s.student_max);
       const float es = exps[i] = exp2_approx(as);
       float at = 0.0f;
-      if constexpr (kTeacher) at = fmaf(teacher[i], n.teacher.per_logit, -s.teacher_max);
+      if constexpr (kTeacher) at = exponent(n.teacher, teacher[i], s.teacher_max);
       if constexpr (kD == Divergence::kForwardKl || kD == Divergence::kSoftCe) {
         out[i] = __fsub_rn(__fmul_rn(g.student, es), __fmul_rn(g.teacher, exp2_approx(at)));
       } else if constexpr (kD == Divergence::kReverseKl) {
@@ -381,7 +386,7 @@ struct RowMath {
         if (n.heat == Heat::kSquared) {
           e *= e;
         } else if (n.heat == Heat::kOther) {
-          e = exp2_approx(n.temperature * fmaf(student[i], n.student.per_logit, -s.student_max));
+          e = exp2_approx(n.temperature * exponent(n.student, student[i], s.student_max));
         }
         out[i] = fmaf(g.hard, e, out[i]);
       }

@@ -38,12 +38,11 @@ __global__ void __launch_bounds__(kThreads)
     const int shift = misalignment(row);
     for (int64_t first = start * kSize - shift; first < columns; first += step * kSize) {
       if (first >= 0 && first + kSize <= columns) {
-        uint4* at = reinterpret_cast<uint4*>(row + first);
         float x[kSize];
-        unpack<scalar_t>(*at, x);
+        unpack<scalar_t>(*reinterpret_cast<const uint4*>(row + first), x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) x[i] *= factor;
-        *at = pack<scalar_t>(x);
+        store_16(row + first, pack<scalar_t>(x));
       } else {
         for (int i = 0; i < kSize; ++i) {
           const int64_t k = first + i;

@@ -1,0 +1,145 @@
+"""The host emulation of CUDA as one more backend, ``emulated``, of the operators.
+
+The ``.cu`` files are compiled as plain C++ (see ``include/cuda_runtime.h`` for the execution
+model) into one library under ``build/emulation``, rebuilt when a source is newer, and registered
+on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from kdkernels import _backend
+from kdkernels.ops.kd_loss import op as kd_loss_op
+from kdkernels.ops.scale_grad import op as scale_grad_op
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PRIMITIVES = (
+    kd_loss_op.kd_loss_forward,
+    kd_loss_op.kd_loss_grad,
+    kd_loss_op.kd_loss_grad_,
+    scale_grad_op.scale_grad_,
+)
+H200 = {"major": 9, "shared": 232448}
+
+_library: ctypes.CDLL | None = None
+
+
+@functools.cache
+def load() -> str | None:
+    """Builds (if needed), loads and registers the backend; returns the reason when it cannot.
+
+    ``KDKERNELS_EMULATED`` names another library to load, for tests of changed kernels.
+    """
+    global _library
+    if other := os.environ.get("KDKERNELS_EMULATED"):
+        path = Path(other)
+    else:
+        path, reason = build()
+        if reason is not None:
+            return reason
+    for primitive in PRIMITIVES:
+        primitive.define("emulated")
+    torch.ops.load_library(str(path))
+    _library = ctypes.CDLL(str(path))
+    _library.emulated_device.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+    _backend.register_backend("emulated")
+    return None
+
+
+@contextmanager
+def device(
+    *, major: int = H200["major"], shared: int = H200["shared"], seed: int = 0
+) -> Iterator[None]:
+    """Emulates another GPU, and another order of threads, inside the ``with`` block.
+
+    Args:
+        major: of the compute capability; below 9 there are no clusters.
+        shared: bytes of shared memory a block may have; little of it makes the launch plan choose
+            larger clusters, and none of it the kernel that walks global memory.
+        seed: order of threads; ``seed % 4`` is its kind.
+    """
+    assert _library is not None, "load() first"
+    _library.emulated_device(major, shared, seed)
+    try:
+        yield
+    finally:
+        _library.emulated_device(H200["major"], H200["shared"], 0)
+
+
+def build(
+    sources: Path = ROOT / "csrc", folder: Path | None = None, flags: tuple[str, ...] = ()
+) -> tuple[Path, str | None]:
+    """Compiles the sources; returns the library's path and the reason when there is none.
+
+    Args:
+        sources: folder of the ``.cu`` files, for tests that compile changed ones.
+        folder: where the library goes.
+        flags: further flags of the compiler, e.g. ``-fsanitize=undefined``.
+    """
+    folder = folder or ROOT / "build" / "emulation"
+    path = folder / "emulated.so"
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        return path, "the CUDA emulation needs g++ (or CXX)"
+    headers = [
+        *HERE.rglob("*.h"),
+        *HERE.rglob("*.cuh"),
+        *sources.rglob("*.h"),
+        *sources.rglob("*.cuh"),
+    ]
+    kernels = sorted(sources.rglob("*_cuda.cu"))
+    inputs = [*headers, *kernels, HERE / "emulation.cpp", HERE / "operators.cpp"]
+    if path.exists() and path.stat().st_mtime > max(file.stat().st_mtime for file in inputs):
+        return path, None
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_root = Path(torch.__file__).parent
+    # As nvcc does, g++ may contract a * b + c here: what must not be is written so.
+    command = [
+        compiler, "-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-fPIC",
+        "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags,
+        f"-I{HERE / 'include'}", f"-I{sources}", f"-isystem{torch_root / 'include'}",
+    ]  # fmt: skip
+    objects = []
+    for source in (HERE / "emulation.cpp", *kernels):
+        objects.append(folder / f"{source.stem}.o")
+        if source.suffix == ".cu":
+            define, source = [f'-DKD_SOURCE="{source}"'], HERE / "operators.cpp"
+        else:
+            define = []
+        reason = _run([*command, *define, "-c", str(source), "-o", str(objects[-1])])
+        if reason is not None:
+            return path, reason
+    link = [
+        *flags,
+        "-shared",
+        *map(str, objects),
+        f"-L{torch_root / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
+    # Under another name first: a test process may have the old library mapped.
+    fresh = path.with_suffix(".new")
+    reason = _run([compiler, *link, "-o", str(fresh)])
+    if reason is None:
+        fresh.replace(path)
+    return path, reason
+
+
+def _run(command: list[str]) -> str | None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr[-500:]]
+    return f"the CUDA emulation could not be compiled: {errors[0]}"

@@ -1,0 +1,47 @@
+"""Runs a library of changed kernels over layouts and orders of threads: success is a difference.
+
+Called by ``test_emulation.py`` in a process of its own, because a process registers the operators
+of one library only.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+
+import backend  # noqa: E402
+import test_emulation  # noqa: E402
+
+from kdkernels.ops.kd_loss.op import kd_loss_grad  # noqa: E402
+from kdkernels.ops.kd_loss.spec import Divergence, Spec  # noqa: E402
+
+
+def find() -> list[str]:
+    """The cases that fail, as text."""
+    torch.manual_seed(0)
+    found = []
+    student = test_emulation.make(2, 2048, torch.float32)
+    teacher = test_emulation.make(2, 2048, torch.float32)
+    spec = Spec(divergence=Divergence.JSD.value, kd_weight=1.0)
+    expected = test_emulation.Expected(student, teacher, None, None, None, spec)
+    for layout, ranks in test_emulation.LAYOUTS.items():
+        for seed in test_emulation.SEEDS:
+            shared = test_emulation.shared_for(ranks, 2048, 4)
+            try:
+                with backend.device(shared=shared, seed=seed):
+                    got = kd_loss_grad("emulated", student, teacher, None, None, None, *spec)
+                expected.check(got[0], got[2], got[3])
+            except (AssertionError, RuntimeError) as error:
+                found.append(f"{layout}, seed {seed}: {str(error).splitlines()[0]}")
+    return found
+
+
+if __name__ == "__main__":
+    found = find()
+    print("\n".join(found))
+    sys.exit(0 if found else 1)
