@@ -51,7 +51,12 @@ TeacherEpochs = Annotated[
     int | None,
     typer.Option(help="Epochs of fine-tuning the teacher; 0 uses it as it is [default: 3]."),
 ]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate [default: 1e-4].")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate of the students [default: 2e-4].")
+]
+TeacherLearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate of the teacher [default: 1e-4].")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Texts per step [default: 32].")]
 MaxLength = Annotated[int | None, typer.Option(help="Longest text in tokens [default: 128].")]
 TrainEmbeddings = Annotated[
@@ -87,6 +92,7 @@ def distill(
     label_epochs: LabelEpochs = None,
     teacher_epochs: TeacherEpochs = None,
     lr: LearningRate = None,
+    teacher_lr: TeacherLearningRate = None,
     batch_size: BatchSize = None,
     max_length: MaxLength = None,
     train_embeddings: TrainEmbeddings = False,
@@ -123,6 +129,13 @@ def _run(given: dict[str, Any], resume: bool) -> None:
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)
+    except ModuleNotFoundError as error:
+        typer.echo(
+            f"distill: the package {error.name} must be installed, got none; "
+            "run `pip install 'kdkernels[distill]'`",
+            err=True,
+        )
+        raise typer.Exit(EXIT_FAILED) from error
     except DistillError as error:
         typer.echo(f"distill: {error}", err=True)
         raise typer.Exit(EXIT_FAILED) from error

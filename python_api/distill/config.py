@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class DistillConfig:
         epochs: Epochs over the transfer texts.
         label_epochs: Epochs of the labels-only student.
         teacher_epochs: Epochs of fine-tuning the teacher; 0 uses it as it is.
-        lr: Peak learning rate.
+        lr: Peak learning rate of the students.
+        teacher_lr: Peak learning rate of fine-tuning the teacher.
         batch_size: Texts per step.
         max_length: Longest text in tokens; the rest is cut off.
         train_embeddings: Whether the embeddings are trained; frozen otherwise.
@@ -63,7 +65,8 @@ class DistillConfig:
     epochs: int = 2
     label_epochs: int = 3
     teacher_epochs: int = 3
-    lr: float = 1e-4
+    lr: float = 2e-4
+    teacher_lr: float = 1e-4
     batch_size: int = 32
     max_length: int = 128
     train_embeddings: bool = False
@@ -142,9 +145,16 @@ def validate(config: DistillConfig) -> None:
         require(value is None or value >= 1, option_name(key), "be at least 1", value)
     require(config.teacher_epochs >= 0, "teacher-epochs", "be at least 0", config.teacher_epochs)
     require(config.max_length >= 4, "max-length", "be at least 4", config.max_length)
-    require(0 < config.temperature < 1e4, "temperature", "be positive", config.temperature)
+    require(
+        0 < config.temperature < math.inf,
+        "temperature",
+        "be positive and finite",
+        config.temperature,
+    )
     require(0 <= config.alpha <= 1, "alpha", "lie in [0, 1]", config.alpha)
-    require(0 < config.lr < 1, "lr", "lie between 0 and 1", config.lr)
+    for key in ("lr", "teacher_lr"):
+        rate = getattr(config, key)
+        require(0 < rate < 1, option_name(key), "lie between 0 and 1", rate)
     require(len(config.seeds) > 0, "seeds", "name at least one seed", "none")
     require(len(set(config.seeds)) == len(config.seeds), "seeds", "differ", list(config.seeds))
     require(min(config.seeds) >= 0, "seeds", "be at least 0", list(config.seeds))
@@ -210,8 +220,8 @@ def check_same(stored: DistillConfig, given: Mapping[str, Any]) -> None:
         old = getattr(stored, key)
         if key not in LOCATION_KEYS and old != value:
             raise DistillError(
-                f"{option_name(key)} must be {_shown(old)} to resume this run, got {_shown(value)}; "
-                "give the run another --name to start it afresh"
+                f"{option_name(key)} must be {_shown(old)}, as the run began, to resume it, "
+                f"got {_shown(value)}; another --name starts a run afresh"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from kdkernels.api.distill.errors import require
@@ -44,6 +45,21 @@ class Corpus:
     transfer: list[str]
     label_names: list[str]
     source: str
+
+    def relabelled(self, names: list[str]) -> Corpus:
+        """The same task with its classes numbered in the order of ``names``."""
+        number = [names.index(name) for name in self.label_names]
+
+        def renumber(part: Labelled) -> Labelled:
+            return Labelled(part.texts, [number[label] for label in part.labels])
+
+        return dataclasses.replace(
+            self,
+            train=renumber(self.train),
+            dev=renumber(self.dev),
+            test=renumber(self.test),
+            label_names=names,
+        )
 
 
 @dataclass(frozen=True)

@@ -210,17 +210,12 @@ def _unpacked(archive: zipfile.ZipFile, folder: Path) -> bool:
 def _unpack(archive: zipfile.ZipFile, folder: Path) -> None:
     """Unpacks the model beside ``folder`` and renames it into place."""
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as staging:
-        for name in TEACHER_FILES:
-            with (
-                archive.open(TEACHER_PREFIX + name) as packed,
-                open(Path(staging) / name, "wb") as file,
-            ):
-                shutil.copyfileobj(packed, file)
-        if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copymode(folder.parent, staging)
         complete = Path(staging) / "complete"
         complete.mkdir()
         for name in TEACHER_FILES:
-            os.replace(Path(staging) / name, complete / name)
+            packed, path = archive.open(TEACHER_PREFIX + name), complete / name
+            with packed, path.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        if folder.exists():
+            shutil.rmtree(folder)
         os.rename(complete, folder)

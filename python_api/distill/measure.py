@@ -1,4 +1,4 @@
-"""Timing of the loss: fused against eager code, in the same run on the same shapes."""
+"""Timing side by side: fused loss against eager, student against teacher."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.api.distill.errors import DistillError
-from kdkernels.api.distill.train import Recipe, Runtime, objective
+from kdkernels.api.distill.train import Recipe, Runtime, objective, predict
 
 REPEATS = 200
 WARMUP = 20
+INFERENCE_TEXTS = 512
+INFERENCE_REPEATS = 5
 
 Loss = Callable[[Tensor], Tensor]
 
 
-def _eager(teacher: Tensor | None, labels: Tensor | None, temperature: float) -> Loss:
-    """The same loss written with PyTorch's own functions."""
+def _eager_cross_entropy(labels: Tensor) -> Loss:
+    """Cross-entropy as PyTorch has it."""
+    return lambda logits: F.cross_entropy(logits, labels)
 
-    def cross_entropy(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
+
+def _eager_divergence(teacher: Tensor, temperature: float) -> Loss:
+    """The distillation loss as it is usually written in PyTorch."""
 
     def divergence(logits: Tensor) -> Tensor:
         student = F.log_softmax(logits / temperature, -1)
         target = F.log_softmax(teacher / temperature, -1)
         return temperature**2 * F.kl_div(student, target, log_target=True, reduction="batchmean")
 
-    return cross_entropy if teacher is None else divergence
+    return divergence
 
 
 def _seconds(loss: Loss, logits: Tensor) -> float:
@@ -74,11 +78,11 @@ def loss_times(
     variants: dict[str, tuple[Loss, Loss]] = {
         "labels": (
             lambda rows: objective(rows, None, labels, recipe),
-            _eager(None, labels, temperature),
+            _eager_cross_entropy(labels),
         ),
         "logits": (
             lambda rows: objective(rows, teacher, None, recipe),
-            _eager(teacher, None, temperature),
+            _eager_divergence(teacher, temperature),
         ),
     }
     return {name: _medians(name, *pair, logits) for name, pair in variants.items()}
@@ -98,6 +102,28 @@ def _medians(name: str, fused: Loss, eager: Loss, logits: Tensor) -> dict[str, f
             if repeat >= WARMUP:
                 times[variant].append(seconds)
     return {variant: 1e6 * statistics.median(values) for variant, values in times.items()}
+
+
+def inference_rates(
+    models: Mapping[str, tuple[Any, Sequence[Sequence[int]], int]], runtime: Runtime
+) -> dict[str, float]:
+    """Times models in turns, so that whatever else the machine does hits all of them.
+
+    Args:
+        models: By name the model, tokenised texts, and the padding token.
+        runtime: Device and precision.
+
+    Returns:
+        By name the median number of texts per second.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(INFERENCE_REPEATS):
+        for name, (model, ids, pad) in models.items():
+            sample = ids[:INFERENCE_TEXTS]
+            started = time.perf_counter()
+            predict(model, sample, runtime, pad)
+            rates[name].append(len(sample) / (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def throughput() -> Sequence[Mapping[str, Any]]:

@@ -118,8 +118,8 @@ def _assign(rows: list[_Row]) -> dict[str, list[_Row]]:
 def load_own(path: Path, limits: Limits) -> Corpus:
     """Reads a task from a file.
 
-    Unlabelled rows and labelled training rows beyond ``limits.labels`` become transfer texts. Without
-    a ``split`` column a fifth of the labelled rows is held out for test and a tenth for dev.
+    Unlabelled rows and labelled training rows beyond ``limits.labels`` become transfer texts.
+    Without a ``split`` column a fifth of the labelled rows is held out for test, a tenth for dev.
 
     Args:
         path: ``.csv`` or ``.jsonl`` file.

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kdkernels.api.distill.data import Corpus
 from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.models import Classifier
 from kdkernels.api.distill.progress import Bar, Display
-from kdkernels.api.distill.results import ARMS, TEACHER, TEACHER_TITLE, unit_name
+from kdkernels.api.distill.results import ARMS, TEACHER, unit_name
 from kdkernels.api.distill.store import RunFolder, write_file, write_folder
 from kdkernels.api.distill.train import EvalSet, FitResult, Recipe, Runtime, TrainSet
 
@@ -51,26 +51,34 @@ class Pipeline:
         self.display = display
         self.corpus = corpus
         self.teacher_source = teacher_source
-        # Without texts of its own to transfer on, the teacher teaches on the training texts.
-        self.transfer = corpus.transfer or corpus.train.texts
+        self.texts = {
+            "train": corpus.train.texts,
+            "dev": corpus.dev.texts,
+            "test": corpus.test.texts,
+            # Without texts of its own to transfer on, the teacher teaches on the training texts.
+            "transfer": corpus.transfer or corpus.train.texts,
+        }
+        self._encoded: dict[tuple[str, str], list[list[int]]] = {}
 
     def run(self) -> None:
         """Does every unit that is not complete, then writes the report."""
         corpus, config = self.corpus, self.config
         self._check_data()
         self.display.note(
-            f"{corpus.source}: {len(corpus.train)} labelled, {len(self.transfer)} transfer, "
-            f"{len(corpus.dev)} dev, {len(corpus.test)} test texts"
+            f"{corpus.source}: {len(corpus.train)} labelled, {len(self.texts['transfer'])} "
+            f"transfer, {len(corpus.dev)} dev, {len(corpus.test)} test texts"
         )
         units: list[tuple[str, str, Callable[[str, Bar], dict[str, Any]]]] = [
-            (TEACHER, TEACHER_TITLE, self._teacher),
+            (TEACHER, TEACHER, self._teacher),
             ("logits", "teacher's logits", self._logits),
         ]
         for arm, title in ARMS.items():
             for seed in config.seeds:
-                units.append((unit_name(arm, seed), f"{title}, seed {seed}", self._student))
+                units.append(
+                    (unit_name(arm, seed), f"student, {title}, seed {seed}", self._student)
+                )
         units.append(("student", "choose the student", self._keep_best))
-        units.append(("loss", "time the loss", self._time_loss))
+        units.append(("speed", "time loss and inference", self._speed))
         if config.throughput:
             units.append(("throughput", "time kd_loss at LM size", self._throughput))
         with self.display.live(len(units)):
@@ -92,7 +100,7 @@ class Pipeline:
             self.folder.complete(unit, earlier)
         accuracy = earlier.get("test_accuracy")
         shown = "" if accuracy is None else f"test {accuracy:6.2f} %"
-        self.display.unit_done(f"{title:<42}{shown:<16}{earlier['seconds']:7.1f} s")
+        self.display.unit_done(f"{title:<32}{shown:<16}{earlier['seconds']:7.1f} s")
 
     def _result(self, unit: str) -> dict[str, Any]:
         """The result of a unit known to be complete."""
@@ -115,43 +123,43 @@ class Pipeline:
                 f"data must be what the run began with, got other texts in {self.config.data}"
             )
 
-    # Models and encoded texts are made when a unit needs them: a resumed run may need none.
-
     @property
     def _saved_teacher(self) -> Path:
         """The fine-tuned teacher; the given one when it is used as it is."""
         return self.folder.path / "teacher" if self.config.teacher_epochs else self.teacher_source
 
-    @cached_property
-    def _teacher_model(self) -> Classifier:
-        return self._load(self._saved_teacher, "teacher")
-
-    def _load(self, path: Path, argument: str) -> Classifier:
-        return models.load_classifier(path, self.corpus.label_names, argument)
+    def _load(self, path: Path, argument: str, seed: int) -> Classifier:
+        return models.load_classifier(path, self.corpus.label_names, argument, seed)
 
     def _new_student(self, seed: int) -> Classifier:
         """A student as it is before training; its head depends on the seed alone."""
-        torch.manual_seed(seed)
         if self.config.student is not None:
-            return self._load(Path(self.config.student), "student")
-        whole = self._load(self.teacher_source, "teacher")
-        return models.cut_layers(whole, self.config.student_layers)
+            student = self._load(Path(self.config.student), "student", seed)
+        else:
+            whole = self._load(self.teacher_source, "teacher", seed)
+            student = models.cut_layers(whole, self.config.student_layers)
+        models.disable_dropout(student.model)
+        return student
 
-    def _encode(self, classifier: Classifier, texts: Sequence[str]) -> list[list[int]]:
-        return text.encode(classifier.tokenizer, texts, self.config.max_length)
+    def _ids(self, classifier: Classifier, split: str) -> list[list[int]]:
+        """The tokenised texts of a split, made once per tokenizer."""
+        key = (classifier.tokenizer.name_or_path, split)
+        if key not in self._encoded:
+            self._encoded[key] = text.encode(
+                classifier.tokenizer, self.texts[split], self.config.max_length
+            )
+        return self._encoded[key]
 
     def _fit(
         self,
         unit: str,
         classifier: Classifier,
         sets: list[TrainSet],
-        epochs: int,
-        seed: int,
+        recipe: Recipe,
         bar: Bar,
     ) -> FitResult:
         """Trains a model, logging to the screen and to the run's log."""
-        config = self.config
-        if not config.train_embeddings:
+        if not self.config.train_embeddings:
             models.freeze_embeddings(classifier.model)
 
         def on_event(event: dict[str, Any]) -> None:
@@ -162,12 +170,7 @@ class Pipeline:
             if "dev_accuracy" in event:
                 self._log_evaluation(unit, event["step"], "dev", event["dev_accuracy"])
 
-        recipe = Recipe(
-            epochs, config.lr, config.batch_size, seed, config.temperature, config.alpha
-        )
-        dev = EvalSet(
-            self._encode(classifier, self.corpus.dev.texts), torch.tensor(self.corpus.dev.labels)
-        )
+        dev = EvalSet(self._ids(classifier, "dev"), torch.tensor(self.corpus.dev.labels))
         pad = classifier.tokenizer.pad_token_id
         return train.fit(classifier.model, sets, dev, recipe, self.runtime, pad, on_event)
 
@@ -177,12 +180,10 @@ class Pipeline:
     def _test(self, unit: str, classifier: Classifier, fitted: FitResult) -> dict[str, Any]:
         """Evaluates on the test texts; returns the unit's result."""
         test = self.corpus.test
-        ids = self._encode(classifier, test.texts)
-        started = time.perf_counter()
+        ids = self._ids(classifier, "test")
         logits = train.predict(
             classifier.model, ids, self.runtime, classifier.tokenizer.pad_token_id
         )
-        seconds = time.perf_counter() - started
         accuracy = train.accuracy(logits, torch.tensor(test.labels))
         self._log_evaluation(unit, fitted.steps, "test", accuracy)
         return {
@@ -193,22 +194,25 @@ class Pipeline:
             "steps": fitted.steps,
             "examples": fitted.examples,
             "train_seconds": fitted.seconds,
-            "inference_rate": len(test) / seconds,
         }
 
     def _labelled_set(self, classifier: Classifier) -> TrainSet:
-        corpus = self.corpus
-        labels = torch.tensor(corpus.train.labels)
-        return TrainSet(self._encode(classifier, corpus.train.texts), labels=labels)
+        labels = torch.tensor(self.corpus.train.labels)
+        return TrainSet(self._ids(classifier, "train"), labels=labels)
 
     def _teacher(self, unit: str, bar: Bar) -> dict[str, Any]:
         """Fine-tunes and saves the teacher, or just evaluates one that is used as it is."""
-        torch.manual_seed(TEACHER_SEED)
         fitted = FitResult()
-        teacher = self._load(self.teacher_source, "teacher")
+        teacher = self._load(self.teacher_source, "teacher", TEACHER_SEED)
         if self.config.teacher_epochs:
             sets = [self._labelled_set(teacher)]
-            fitted = self._fit(unit, teacher, sets, self.config.teacher_epochs, TEACHER_SEED, bar)
+            recipe = Recipe(
+                epochs=self.config.teacher_epochs,
+                lr=self.config.teacher_lr,
+                batch_size=self.config.batch_size,
+                seed=TEACHER_SEED,
+            )
+            fitted = self._fit(unit, teacher, sets, recipe, bar)
         result = self._test(unit, teacher, fitted)
         if self.config.teacher_epochs:
             write_folder(self._saved_teacher, teacher.save)
@@ -218,18 +222,15 @@ class Pipeline:
         """Computes the teacher's logits once; every arm and seed reads them from the file."""
         from safetensors.torch import save_file
 
-        texts = {"transfer": self.transfer, "train": self.corpus.train.texts}
-        bar.total(sum(map(len, texts.values())))
-        teacher = self._teacher_model
+        splits = ("transfer", "train")
+        bar.total(sum(len(self.texts[split]) for split in splits))
+        teacher = self._load(self._saved_teacher, "teacher", TEACHER_SEED)
+        pad = teacher.tokenizer.pad_token_id
         logits = {
-            name: train.predict(
-                teacher.model,
-                self._encode(teacher, chosen),
-                self.runtime,
-                teacher.tokenizer.pad_token_id,
-                bar.advance,
+            split: train.predict(
+                teacher.model, self._ids(teacher, split), self.runtime, pad, bar.advance
             )
-            for name, chosen in texts.items()
+            for split in splits
         }
         write_file(self._logits_file, lambda path: save_file(logits, path))
         return {"texts": {name: len(rows) for name, rows in logits.items()}}
@@ -247,12 +248,18 @@ class Pipeline:
     def _student(self, unit: str, bar: Bar) -> dict[str, Any]:
         """Trains and tests one student."""
         arm, _, seed_text = unit.rpartition("-seed")
-        seed = int(seed_text)
+        config, seed = self.config, int(seed_text)
         student = self._new_student(seed)
         sets = self._training_sets(arm, student)
-        epochs = self.config.label_epochs if arm == "labels" else self.config.epochs
-        torch.manual_seed(seed)
-        fitted = self._fit(unit, student, sets, epochs, seed, bar)
+        recipe = Recipe(
+            epochs=config.label_epochs if arm == "labels" else config.epochs,
+            lr=config.lr,
+            batch_size=config.batch_size,
+            seed=seed,
+            temperature=config.temperature,
+            alpha=config.alpha,
+        )
+        fitted = self._fit(unit, student, sets, recipe, bar)
         result = self._test(unit, student, fitted)
         if arm == "distilled":
             write_folder(self.folder.state / unit, student.save)
@@ -263,7 +270,7 @@ class Pipeline:
         if arm == "labels":
             return [self._labelled_set(student)]
         transfer = self._teacher_logits["transfer"]
-        ids = self._encode(student, self.transfer)
+        ids = self._ids(student, "transfer")
         if arm == "hard":
             return [TrainSet(ids, labels=transfer.argmax(-1))]
         sets = [TrainSet(ids, teacher=transfer)]
@@ -285,12 +292,24 @@ class Pipeline:
             shutil.rmtree(self.folder.state / name, ignore_errors=True)
         return {"seed": best}
 
-    def _time_loss(self, unit: str, bar: Bar) -> dict[str, Any]:
-        """Times the loss at the shape of a training step."""
-        classes = len(self.corpus.label_names)
-        config = self.config
-        times = measure.loss_times(config.batch_size, classes, config.temperature, self.runtime)
-        return {"times": times}
+    def _speed(self, unit: str, bar: Bar) -> dict[str, Any]:
+        """Times the loss at the shape of a training step, and the saved models on test texts."""
+        config, classes = self.config, len(self.corpus.label_names)
+        folders = {"teacher": self._saved_teacher, "student": self.folder.path / "student"}
+        chosen = {}
+        for name, folder in folders.items():
+            loaded = self._load(folder, name, TEACHER_SEED)
+            chosen[name] = (
+                loaded.model,
+                self._ids(loaded, "test"),
+                loaded.tokenizer.pad_token_id,
+            )
+        return {
+            "loss": measure.loss_times(
+                config.batch_size, classes, config.temperature, self.runtime
+            ),
+            "inference": measure.inference_rates(chosen, self.runtime),
+        }
 
     def _throughput(self, unit: str, bar: Bar) -> dict[str, Any]:
         """Times the loss at language-model vocabularies."""

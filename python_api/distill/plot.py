@@ -17,12 +17,6 @@ COLOURS = {
     "hard": "#56B4E9",
     "distilled": "#009E73",
 }
-SHORT = {
-    TEACHER: "teacher",
-    "labels": "labels\nonly",
-    "hard": "hard\nlabels",
-    "distilled": "distilled",
-}
 
 
 def save(path: Path, found: Results) -> None:
@@ -88,7 +82,7 @@ def _draw_bars(axes: Axes, found: Results) -> None:
             fontsize=8,
             textcoords="offset points",
         )
-    axes.set_xticks(range(len(found.rows)), [SHORT[row.arm] for row in found.rows], fontsize=8)
+    axes.set_xticks(range(len(found.rows)), [row.title for row in found.rows], fontsize=8)
     low, high = _limits(found.rows)
     axes.set_ylim(low, high)
     axes.set_ylabel("test accuracy, %")

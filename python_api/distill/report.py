@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,14 +20,15 @@ from kdkernels.api.distill.results import TEACHER, Results, Row
 from kdkernels.api.distill.store import write_file, write_text
 from kdkernels.api.distill.train import Runtime
 
+# Two lines each, so that the table fits a terminal of 80 columns.
 COLUMNS = (
     "model",
-    "test accuracy, %",
-    "parameters, M",
-    "training, texts/s",
-    "inference, texts/s",
-    "loss fused, µs",
-    "loss eager, µs",
+    "test\naccuracy, %",
+    "params,\nM",
+    "train,\ntexts/s",
+    "infer,\ntexts/s",
+    "fused\nloss, µs",
+    "eager\nloss, µs",
 )
 PACKAGES = ("kdkernels", "torch", "transformers", "tokenizers", "safetensors", "matplotlib", "rich")
 LOSS_NOTE = (
@@ -52,14 +54,16 @@ def findings(found: Results) -> list[str]:
     """What the table says, in sentences, gains and their sources kept apart."""
     teacher, labels = found.row(TEACHER), found.row("labels")
     hard, distilled = found.row("hard"), found.row("distilled")
+    share = 100 * distilled.parameters / teacher.parameters
+    speed = distilled.inference_rate / teacher.inference_rate
+    gain, lag = distilled.mean - labels.mean, distilled.mean - teacher.mean
     sentences = [
-        f"The distilled student has {teacher.parameters / distilled.parameters:.1f} times fewer "
-        f"parameters than the teacher and is {distilled.inference_rate / teacher.inference_rate:.1f} "
-        f"times as fast; it is {distilled.mean - labels.mean:+.2f} points from the student that "
-        f"learnt from the labels alone and {distilled.mean - teacher.mean:+.2f} from the teacher.",
-        f"Of that, the teacher's hard labels on the transfer texts account for "
-        f"{hard.mean - labels.mean:+.2f} points and its soft ones for a further "
-        f"{distilled.mean - hard.mean:+.2f}.",
+        f"The distilled student has {share:.0f} % of the teacher's parameters and reads "
+        f"{speed:.1f} times as many texts a second. Its accuracy is {lag:+.2f} points against the "
+        f"teacher and {gain:+.2f} against the same student trained on the labels alone.",
+        f"Where the {gain:+.2f} comes from: {hard.mean - labels.mean:+.2f} from learning the "
+        f"teacher's hard labels on the transfer texts, {distilled.mean - hard.mean:+.2f} from soft "
+        "targets instead of hard ones.",
     ]
     if distilled.spread is None:
         sentences.append("One seed says nothing about the spread: run several before comparing.")
@@ -72,7 +76,13 @@ def _value(value: Any) -> str:
 
 
 def _rich_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for line in lines:
@@ -83,7 +93,7 @@ def _rich_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str
 def show(console: Console, folder: Path, found: Results) -> None:
     """Prints the tables and where everything lies."""
     seeds = len(found.rows[-1].accuracies)
-    title = f"distillation, students over {seeds} seed{'s' if seeds > 1 else ''}"
+    title = f"the teacher, and students trained three ways (seeds: {seeds})"
     console.print(_rich_table(title, COLUMNS, [_cells(row) for row in found.rows]))
     for sentence in findings(found):
         console.print(sentence, highlight=False)
@@ -95,13 +105,14 @@ def show(console: Console, folder: Path, found: Results) -> None:
 
 def _generic(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines of a table whose columns are the keys of its rows."""
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     return columns, [[_value(row.get(column, "")) for column in columns] for row in rows]
 
 
 def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    header = [column.replace("\n", " ") for column in columns]
     rule = ["---", *("---:" for _ in columns[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *lines))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
 def _machine(runtime: Runtime) -> str:
@@ -137,8 +148,9 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
     parts = [
         f"# Distillation run `{config.name}`",
         _markdown_table(COLUMNS, [_cells(row) for row in found.rows]),
-        f"Mean and standard deviation over the students' seeds ({seeds}); the teacher was "
-        f"fine-tuned once. {note}",
+        f"The students are one model trained three ways: on the labels only, on the teacher's hard "
+        f"labels of the transfer texts, and by distillation from its soft ones. Mean and standard "
+        f"deviation over seeds {seeds}; the teacher was fine-tuned once. {note}",
         "\n".join(findings(found)),
         "![Dev accuracy while training, and test accuracy](curves.png)",
         f"Test accuracy of each seed:\n\n{each}",

@@ -9,12 +9,11 @@ from typing import Any
 
 # Arms in the order of the tables: name in the files, name for people.
 ARMS = {
-    "labels": "student, labels only",
-    "hard": "student, teacher's hard labels",
-    "distilled": "student, distilled",
+    "labels": "labels only",
+    "hard": "hard labels",
+    "distilled": "distilled",
 }
 TEACHER = "teacher"
-TEACHER_TITLE = "teacher, fine-tuned"
 
 
 def unit_name(arm: str, seed: int) -> str:
@@ -32,7 +31,7 @@ class Row:
         accuracies: Test accuracy of each seed, percent.
         parameters: Parameters of the model.
         training_rate: Texts per second in training, or None where nothing was trained.
-        inference_rate: Texts per second in evaluation.
+        inference_rate: Texts per second read, timed in turns with the other model.
         loss_fused: Microseconds of the loss per step, forward and backward, fused code.
         loss_eager: The same with eager code.
         curves: Dev curve of each seed: ``(step, accuracy)``.
@@ -78,10 +77,8 @@ class Results:
         return next(row for row in self.rows if row.arm == arm)
 
 
-def _row(
-    arm: str, title: str, units: list[dict[str, Any]], loss: Mapping[str, Mapping[str, float]]
-) -> Row:
-    times = loss["logits" if arm == "distilled" else "labels"]
+def _row(arm: str, title: str, units: list[dict[str, Any]], speed: Mapping[str, Any]) -> Row:
+    times = speed["loss"]["logits" if arm == "distilled" else "labels"]
     rates = [unit["examples"] / unit["train_seconds"] for unit in units if unit["examples"]]
     return Row(
         arm=arm,
@@ -89,7 +86,7 @@ def _row(
         accuracies=[unit["test_accuracy"] for unit in units],
         parameters=units[0]["parameters"],
         training_rate=statistics.median(rates) if rates else None,
-        inference_rate=statistics.median(unit["inference_rate"] for unit in units),
+        inference_rate=speed["inference"]["teacher" if arm == TEACHER else "student"],
         loss_fused=times["fused"],
         loss_eager=times["eager"],
         curves=[[(step, value) for step, value in unit["curve"]] for unit in units],
@@ -103,14 +100,14 @@ def gather(units: Mapping[str, dict[str, Any]], seeds: tuple[int, ...]) -> Resul
         units: Result of every unit by name.
         seeds: The run's seeds.
     """
-    loss = units["loss"]["times"]
-    rows = [_row(TEACHER, TEACHER_TITLE, [units[TEACHER]], loss)]
+    speed = units["speed"]
+    rows = [_row(TEACHER, TEACHER, [units[TEACHER]], speed)]
     phases = {"teacher": units[TEACHER]["seconds"], "teacher logits": units["logits"]["seconds"]}
     for arm, title in ARMS.items():
         chosen = [units[unit_name(arm, seed)] for seed in seeds]
-        rows.append(_row(arm, title, chosen, loss))
-        phases[title] = sum(unit["seconds"] for unit in chosen)
-    phases["timing the loss"] = units["loss"]["seconds"]
+        rows.append(_row(arm, title, chosen, speed))
+        phases[f"students, {title}"] = sum(unit["seconds"] for unit in chosen)
+    phases["timing loss and inference"] = units["speed"]["seconds"]
     throughput = units["throughput"]["rows"] if "throughput" in units else []
     if throughput:
         phases["throughput table"] = units["throughput"]["seconds"]

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from kdkernels.api.distill import config as configs
-from kdkernels.api.distill import fetch
+from kdkernels.api.distill import fetch, models
 from kdkernels.api.distill.config import DistillConfig
 from kdkernels.api.distill.data import Corpus, Limits
 from kdkernels.api.distill.errors import require
@@ -47,6 +47,8 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
     display = Display(console)
     corpus = load_corpus(config, display)
     teacher = Path(config.teacher) if config.teacher else fetch.teacher_folder(display.note)
+    check_models(config, teacher)
+    corpus = match_labels(config, teacher, corpus)
     folder = RunFolder(config.folder)
     try:
         if not folder.config_file.is_file():
@@ -99,6 +101,27 @@ def choose_runtime(config: DistillConfig) -> Runtime:
         return Runtime(device, torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
     return Runtime(device, bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
+
+
+def check_models(config: DistillConfig, teacher: Path) -> None:
+    """Raises for models that cannot work, before a run's folder is made for them."""
+    models.check_model_folder(teacher, "teacher", config.max_length)
+    if config.student is not None:
+        models.check_model_folder(Path(config.student), "student", config.max_length)
+    else:
+        models.check_student_layers(teacher, config.student_layers)
+
+
+def match_labels(config: DistillConfig, teacher: Path, corpus: Corpus) -> Corpus:
+    """Numbers the classes as a teacher does that is used as it is."""
+    if config.teacher_epochs:
+        return corpus
+    names = models.trained_label_names(teacher)
+    if names is None:
+        return corpus
+    contract = f"have the teacher's labels {names}"
+    require(sorted(names) == sorted(corpus.label_names), "data", contract, corpus.label_names)
+    return corpus.relabelled(names)
 
 
 def load_corpus(config: DistillConfig, display: Display) -> Corpus:

@@ -43,12 +43,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder through a temporary name and renames it into place, replacing an old one."""
+    """Writes a folder of files through a temporary name and renames it into place.
+
+    Args:
+        path: The folder to make or replace.
+        write: Called with the temporary folder to fill it.
+    """
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
     try:
         write(temporary)
-        for file in temporary.rglob("*"):
+        for file in temporary.iterdir():
             _sync(file)
+            os.chmod(file, 0o666 & ~_umask())
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             shutil.rmtree(path)

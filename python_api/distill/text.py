@@ -66,9 +66,10 @@ def collate(
         ``input_ids`` and ``attention_mask``, int64 ``[len(rows), longest]``, ready for a model.
     """
     longest = max(len(ids[row]) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(ids[row])] = torch.tensor(ids[row], dtype=torch.long)
-        mask[i, : len(ids[row])] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+    padding = [longest - len(ids[row]) for row in rows]
+    input_ids = [[*ids[row], *[pad_id] * pad] for row, pad in zip(rows, padding, strict=True)]
+    mask = [[1] * (longest - pad) + [0] * pad for pad in padding]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }

@@ -1,0 +1,75 @@
+"""Defaults, contracts and the YAML round trip of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdkernels.api.distill.config import check_same, from_yaml, make_config, to_yaml
+from kdkernels.api.distill.errors import DistillError
+
+
+def test_defaults_depend_on_the_task(tmp_path: Any) -> None:
+    demo, quick = make_config({}), make_config({"quick": True})
+    assert (demo.labels, demo.transfer, demo.seeds) == (2000, 10000, (0, 1, 2))
+    assert quick.labels is not None and quick.labels < 100 and not quick.throughput
+    own = tmp_path / "own.csv"
+    own.write_text("text,label\n")
+    assert make_config({"data": str(own)}).labels is None
+
+
+def test_what_is_given_wins_over_quick() -> None:
+    assert make_config({"quick": True, "labels": 7, "throughput": True}).labels == 7
+
+
+def test_yaml_round_trip() -> None:
+    config = make_config({"seeds": (3, 1), "alpha": 0.25, "threads": 2, "name": "a.b-c"})
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"labels": 0}, "labels must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch-size must be at least 1, got -1"),
+        ({"seeds": (1, 1)}, r"seeds must differ, got \[1, 1\]"),
+        ({"seeds": ()}, "seeds must name at least one seed, got none"),
+        ({"seeds": (-1,)}, r"seeds must be at least 0, got \[-1\]"),
+        ({"lr": 3.0}, "lr must lie between 0 and 1, got 3.0"),
+        ({"name": "../x"}, "name must consist of letters.*, got '../x'"),
+        ({"data": "no.csv"}, "data must be an existing file, got no.csv"),
+        ({"teacher": "nowhere"}, "teacher must be an existing folder, got nowhere"),
+        ({"precision": "int8"}, "precision must be one of .*, got int8"),
+        ({"epochs": 1.5}, "epochs must be int, got 1.5"),
+    ],
+)
+def test_contracts(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(DistillError, match=f"^{message}$"):
+        make_config(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "must hold keys and values, got list"),
+        ("nme: x", "must hold known keys only, got"),
+        ("a: [", "must be YAML, got"),
+    ],
+)
+def test_damaged_yaml_is_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(DistillError, match=message) as caught:
+        from_yaml(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_compares_only_what_is_given() -> None:
+    stored = make_config({"labels": 500, "seeds": (0, 1)})
+    check_same(stored, {"name": "elsewhere", "out": "other", "labels": 500})
+    with pytest.raises(DistillError, match=r"^seeds must be 0,1, .*got 0,2;"):
+        check_same(stored, {"seeds": (0, 2)})
+    with pytest.raises(DistillError, match=r"^teacher-epochs must be 3, .*got 4;"):
+        check_same(stored, {"teacher_epochs": 4})
