@@ -1,0 +1,1 @@
+"""Benchmarks: accuracy first, then time against eager PyTorch, ``torch.compile`` and peers."""

@@ -1,0 +1,77 @@
+"""One case a benchmarked op, found by its file; the op's own rivals, inputs and checks."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdkernels.bench.accuracy import Check
+
+Inputs = tuple[Tensor, ...]
+# What is timed: from the inputs to a result that the first input may be differentiated for.
+Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Consuming:
+    """A run that overwrites its first input: each call gets a copy of its own, made untimed."""
+
+    run: Run
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every case can be asked for."""
+
+    device: str
+    dtype: torch.dtype
+    divergence: str = "forward_kl"
+    temperature: float = 2.0
+
+
+class Case(Protocol):
+    """What a file of this folder offers as ``CASE``."""
+
+    modes: tuple[str, ...]  # of forward, backward, full
+    rivals: tuple[str, ...]
+
+    def shapes(self, device: str) -> list[tuple[int, int]]:
+        """The default shapes, ``(rows, columns)``."""
+
+    def inputs(self, setting: Setting, shape: tuple[int, int]) -> Inputs:
+        """Random inputs of a real size."""
+
+    def ours(self, setting: Setting, backend: str) -> Run | Consuming:
+        """The op by one of its backends."""
+
+    def rival(self, setting: Setting, name: str) -> Run | Consuming | str:
+        """A rival, or the reason why it cannot run."""
+
+    def traffic(self, mode: str) -> int:
+        """How often an element of the first input's size has to be read or written, at least."""
+
+    def checks(self, device: str, backend: str) -> Iterator[tuple[str, list[Check]]]:
+        """Checks against float64 over dtypes, options and edge cases, by name."""
+
+
+def names() -> list[str]:
+    """The ops that have a case."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(op: str) -> Case:
+    """The case of an op.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if op not in names():
+        raise ValueError(f"bench: op must be one of {', '.join(names())}, got {op!r}")
+    case: Case = importlib.import_module(f"{__name__}.{op}").CASE
+    return case

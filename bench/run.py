@@ -1,0 +1,213 @@
+"""``python bench/run.py --op kd_loss`` or ``kdkernels bench``: accuracy first, then time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kdkernels._backend import BACKENDS, check_name
+from kdkernels.api.backends import available_backends
+from kdkernels.bench import cases
+from kdkernels.bench.cases import Setting
+from kdkernels.bench.measure import Measured, Plan, dtype_name, measure
+from kdkernels.bench.report import Row, number, tables, write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DEFAULT_RIVALS = ("eager", "compile")
+QUICK_SHAPE, QUICK_SECONDS = (64, 8192), 1.0
+LM_SHAPES = ((512, 32000), (256, 128256))
+
+Words = list[str] | None
+Op = Annotated[str, typer.Option(help="Op to measure.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")]
+Backend = Annotated[Words, typer.Option(help="Backends of ours [default: every compiled one].")]
+Against = Annotated[Words, typer.Option(help="eager, compile, liger, trl [default: first two].")]
+Shape = Annotated[Words, typer.Option(help="ROWSxVOCAB [default: real models', by device].")]
+Dtype = Annotated[Words, typer.Option(help="float32, bfloat16, float16 [default: first two].")]
+Divergence = Annotated[str, typer.Option(help="forward_kl, reverse_kl, jsd or tvd.")]
+Temperature = Annotated[float, typer.Option(help="Temperature of the divergence.")]
+Mode = Annotated[Words, typer.Option(help="forward, backward, full [default: full].")]
+Json = Annotated[Path | None, typer.Option("--json", help="Append JSON lines to this file.")]
+Quick = Annotated[bool, typer.Option("--quick", help="One small shape, a second a table.")]
+Seconds = Annotated[float, typer.Option(help="About how long to measure each table.")]
+
+
+def bench(
+    op: Op = "kd_loss",
+    device: Device = None,
+    backend: Backend = None,
+    against: Against = None,
+    shape: Shape = None,
+    dtype: Dtype = None,
+    divergence: Divergence = "forward_kl",
+    temperature: Temperature = 2.0,
+    mode: Mode = None,
+    json_path: Json = None,
+    quick: Quick = False,
+    seconds: Seconds = 10.0,
+) -> None:
+    """Measure an op against its rivals, after checking it against float64.
+
+    An option that takes several values may be repeated, or list them with commas.
+    """
+    case = cases.load(op)
+    device = _one_of("device", device or _default_device(), ("cpu", "cuda"))
+    default_rivals = tuple(name for name in DEFAULT_RIVALS if name in case.rivals)
+    plan = Plan(
+        op=op,
+        backends=_backends(op, device, _words(backend)),
+        against=_several("against", against, case.rivals) or default_rivals,
+        modes=_several("mode", mode, case.modes) or case.modes[-1:],
+        seconds=min(seconds, QUICK_SECONDS) if quick else seconds,
+        memory=not quick,
+    )
+    default_shapes = [QUICK_SHAPE] if quick else case.shapes(device)
+    shapes = [_shape(text) for text in _words(shape)] or default_shapes
+    dtypes = _several("dtype", dtype, tuple(DTYPES)) or ("float32", "bfloat16")
+    console = Console(highlight=False)
+    rows: list[Row] = []
+    failed = False
+    for size in shapes:
+        for name in dtypes:
+            setting = Setting(device, DTYPES[name], divergence, temperature)
+            measured = measure(plan, setting, size)
+            _show(console, measured)
+            rows += measured.rows
+            failed = failed or bool(measured.refused)
+    if json_path is not None:
+        write_json(json_path, rows)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show(console: Console, measured: Measured) -> None:
+    for name, reason in measured.missing.items():
+        console.print(f"{name} is left out: {reason}", markup=False)
+    for refusal in measured.refused:
+        console.print(f"refused to time {refusal}", style="red", markup=False)
+    for table in tables(measured.rows):
+        console.print(table)
+
+
+def throughput_table(
+    shapes: Sequence[tuple[int, int]] = LM_SHAPES,
+    seconds: float = 60.0,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+) -> list[dict[str, Any]]:
+    """``kd_loss`` with its gradient against eager PyTorch and ``torch.compile``.
+
+    Args:
+        shapes: ``(rows, vocabulary)`` of language models.
+        seconds: about how long it takes in all, on a machine where the compiler is warm.
+        dtypes: of the logits.
+
+    Returns:
+        One row a shape and dtype, from column titles to values, in the order to show them. A rival
+        that cannot run here has no column.
+    """
+    device = _default_device()
+    backend = available_backends("kd_loss", device)[0]
+    # Checking, warming up and compiling take about half of the time.
+    share = 0.5 * seconds / (len(shapes) * len(dtypes))
+    plan = Plan("kd_loss", (backend,), DEFAULT_RIVALS, ("full",), seconds=share, memory=False)
+    table = []
+    for shape in shapes:
+        for dtype in dtypes:
+            measured = measure(plan, Setting(device, dtype), shape)
+            if measured.refused:
+                raise RuntimeError(f"kd_loss is wrong here: {measured.refused[0]}")
+            ours, *others = measured.rows
+            # Titles of two lines, so that the table fits a terminal of 80 columns.
+            table.append(
+                {
+                    "rows x vocab": f"{shape[0]} x {shape[1]}",
+                    "dtype": dtype_name(dtype),
+                    "kd_loss,\nms": ours.ms,
+                    **{f"{row.variant},\nms": row.ms for row in others},
+                    **{f"x faster\nthan {name}": ratio for name, ratio in ours.ratio.items()},
+                    "of copy\nspeed": f"{ours.fraction_of_floor or 0:.0%}",
+                }
+            )
+    return table
+
+
+def print_throughput(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Prints what :func:`throughput_table` gave."""
+    table = Table(
+        title="kd_loss and its gradient", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        values = (row.get(title, "") for title in titles)
+        table.add_row(*(number(v) if isinstance(v, float) else str(v) for v in values))
+    (console or Console()).print(table)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _backends(op: str, device: str, given: Sequence[str]) -> tuple[str, ...]:
+    """What was asked for, or every backend that runs compiled here."""
+    for name in given:
+        check_name(name)
+    if given:
+        return tuple(given)
+    available = available_backends(op, device)
+    slow = {"reference"} if device == "cuda" else {"reference", "triton"}  # triton: interpreted
+    chosen = tuple(name for name in BACKENDS if name in available and name not in slow)
+    if not chosen:
+        raise ValueError(f"bench: backend must be one that is built for {device}, got none")
+    return chosen
+
+
+def _words(values: Sequence[str] | None) -> list[str]:
+    return [word for value in values or () for word in value.replace(",", " ").split()]
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"bench: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _several(name: str, values: Sequence[str] | None, choices: Sequence[str]) -> tuple[str, ...]:
+    return tuple(_one_of(name, ALIASES.get(word, word), choices) for word in _words(values))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise ValueError(f"bench: shape must be ROWSxVOCAB, got {text!r}")
+    return int(rows), int(columns)
+
+
+def main() -> None:
+    """Runs as a script; a failure is one line."""
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+    app.command()(bench)
+    try:
+        app()
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
+        typer.echo(f"{str(error).splitlines()[0]}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    # As a script this file is no part of its package: run the module that is.
+    from kdkernels.bench import run
+
+    run.main()

@@ -1,0 +1,5 @@
+"""``python -m kdkernels``."""
+
+from kdkernels.api.cli import main
+
+main()
