@@ -60,7 +60,7 @@ TeacherLearningRate = Annotated[
 BatchSize = Annotated[int | None, typer.Option(help="Texts per step [default: 32].")]
 MaxLength = Annotated[int | None, typer.Option(help="Longest text in tokens [default: 128].")]
 TrainEmbeddings = Annotated[
-    bool, typer.Option("--train-embeddings", help="Train the embeddings too; about 1.7 x slower.")
+    bool, typer.Option("--train-embeddings", help="Train the embeddings too (slower).")
 ]
 Precision = Annotated[str | None, typer.Option(help="bf16, fp32 or auto [default: auto].")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto [default: auto].")]

@@ -46,7 +46,11 @@ def verify(op: Op = None, device: Device = None, backend: Backend = None) -> Non
 
     for name in backend or ():
         check_name(name)
-    devices = device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = device or present
+    for place in devices:
+        if place not in present:
+            raise ValueError(f"verify: device must be one of {', '.join(present)}, got {place!r}")
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("op", "device", "backend", "checks", "worst error / budget", ""):
         table.add_column(column, justify="right" if "/" in column else "left")
@@ -78,7 +82,8 @@ def run(op: str, device: str, backend: str) -> Outcome:
             for name, found in cases.load(op).checks(device, backend):
                 checks += found
                 failures += [f"{name}: {one}" for one in found if not one.passed]
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            failures.append(f"raised {type(error).__name__}: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever a broken kernel raises is a finding
+            lines = str(error).splitlines() or [""]
+            failures.append(f"raised {type(error).__name__}: {lines[0]}")
     worst = max((one.error / one.budget for one in checks if one.budget), default=0.0)
     return Outcome(op, device, backend, len(checks), worst, failures)

@@ -160,8 +160,9 @@ def cut_layers(classifier: Classifier, layers: Sequence[int]) -> Classifier:
 def disable_dropout(model: Any) -> None:
     """Switches dropout off, in this object only: the saved configuration keeps its rates.
 
-    Students see far more texts than they can memorise; without dropout they were 0.6 points
-    better when distilled, the same on labels alone, and a fifth faster.
+    One trial on the demo (seed 0, dev accuracy): distilled students 77.3 % without dropout and
+    76.4 % with it, labels-only students 75.8 % and 75.6 %. Drawing the masks took a sixth of a
+    training step on a CPU.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -169,7 +170,7 @@ def disable_dropout(model: Any) -> None:
 
 
 def freeze_embeddings(model: Any) -> None:
-    """Stops training the embeddings, half of a small model's weights and of a step's time."""
+    """Stops training the embeddings, most of a small model's weights."""
     embeddings = getattr(model.base_model, "embeddings", None)
     if embeddings is not None:
         embeddings.requires_grad_(False)

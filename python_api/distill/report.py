@@ -84,7 +84,7 @@ def _rich_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str
         padding=(0, 1, 0, 0),
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in lines:
         table.add_row(*line)
     return table
@@ -162,8 +162,8 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
         "## Data",
         f"{corpus.source}. Labels: {', '.join(corpus.label_names)}. {len(corpus.train):,} labelled "
         f"training texts, {transfer:,} transfer texts, {len(corpus.dev):,} dev texts, "
-        f"{len(corpus.test):,} test texts. The dev texts chose which seed's student is in "
-        f"`student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
+        f"{len(corpus.test):,} test texts. In this run the dev texts chose which seed's student is "
+        f"in `student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
         "\n".join(f"- {line}" for line in _licences(config)),
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",

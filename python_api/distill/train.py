@@ -36,8 +36,8 @@ class Runtime:
     def training_attention(self) -> AbstractContextManager[Any]:
         """The attention kernels to train with.
 
-        For short texts on a CPU the backward pass of the flash kernel takes a third of a step;
-        plain matrix products take a tenth of that.
+        For short texts on a CPU the backward pass of the flash kernel took a third of a step;
+        plain matrix products trained 593 texts a second instead of 436 (one trial).
         """
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
