@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Spinning OpenMP threads slow training tenfold on a machine that does something else as well.
+export OMP_WAIT_POLICY ?= PASSIVE
 # make test leaves these to their own commands (see CONTRIBUTING).
 SKIP := not slow and not network and not packaging
 
@@ -50,7 +52,7 @@ $(VENV)/python:
 	touch $@
 
 $(VENV)/tools: $(VENV)/python pyproject.toml constraints.txt
-	$(PIP) install -q -c constraints.txt build clang-format mypy pre-commit ruff typer rich
+	$(PIP) install -q -c constraints.txt build clang-format mypy pre-commit ruff typer rich types-PyYAML
 	touch $@
 
 # The package itself, editable; its native libraries are built by the build verb, incrementally.

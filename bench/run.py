@@ -60,7 +60,8 @@ def bench(
     An option that takes several values may be repeated, or list them with commas.
     """
     case = cases.load(op)
-    device = _one_of("device", device or _default_device(), ("cpu", "cuda"))
+    present = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    device = _one_of("device", device or present[-1], present)
     default_rivals = tuple(name for name in DEFAULT_RIVALS if name in case.rivals)
     plan = Plan(
         op=op,

@@ -25,6 +25,7 @@ from kdkernels.bench.variants import preparer
 from kdkernels.ops.kd_loss import Spec
 from kdkernels.ops.kd_loss.op import kd_loss_grad
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
+from kdkernels.ops.scale_grad import scale_grad_
 
 ROOT = Path(__file__).parents[1]
 PLANTED = "planted_for_bench"
@@ -41,6 +42,11 @@ def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
         (grad,) = torch.autograd.grad(loss, leaf)
     grad[0, 0] += 1e-3
     return loss.detach(), parts, rows.detach(), grad
+
+
+@scale_grad_.launcher(PLANTED)
+def _right_factor(grad: Tensor, scale: Tensor) -> None:
+    grad.mul_(scale)
 
 
 def bench(*arguments: str) -> Any:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kdkernels import _native
 
 ROOT = Path(__file__).parents[1]

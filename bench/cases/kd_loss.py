@@ -140,12 +140,11 @@ def _check(
         return loss, parts, grad
 
     results = run(backend, dtype), run("reference", torch.float64), run("reference", dtype)
+    names = ("loss", "parts", "gradient")
     dtypes = (torch.float32, torch.float32, dtype)
     return [
-        compare(name, *three, precision)
-        for name, *three, precision in zip(
-            ("loss", "parts", "gradient"), *results, dtypes, strict=True
-        )
+        compare(name, actual, oracle, reference, precision)
+        for name, precision, actual, oracle, reference in zip(names, dtypes, *results, strict=True)
     ]
 
 

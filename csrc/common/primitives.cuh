@@ -60,8 +60,8 @@ __device__ __forceinline__ uint32_t pack_pair<half_t>(float low, float high) {
 // Stores 16 bytes to an aligned address in global memory. (The compiler splits a plain store of a
 // uint4 that it could take apart.)
 __device__ __forceinline__ void store_16(void* global, uint4 value) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
                : "memory");
 }
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- clusters (sm_90 and later; a plan never asks for one elsewhere) -----------------------------
+// ---- clusters: sm_90 and later, no plan asks for one elsewhere ----------------------------------
 
 // Barrier of all threads of the cluster, in two halves. What a thread wrote before cluster_arrive
 // is visible to all after cluster_wait; what it wrote before cluster_arrive_relaxed need not be,

@@ -1,10 +1,6 @@
-// kd_loss on the GPU. One block, or one cluster of blocks, takes a row; see kd_loss_plan.h for the
-// two layouts and kd_loss_device.cuh for the arithmetic.
-//
-// A row is walked in vectors of 16 bytes that lie on 16-byte boundaries of the student's memory;
-// `shift` elements of the first one lie before the row. What lies outside of the classes is read
-// as -inf, which adds nothing, so the passes know no borders. A thread only ever touches its own
-// vectors: staging and the in-place gradient need no barrier, only the reductions do.
+// kd_loss on the GPU. One block, or one cluster of blocks, takes a row: kd_loss_plan.h decides
+// which, kd_loss_logits.cuh holds how the row's logits are walked, kd_loss_device.cuh the
+// arithmetic of what is met there.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,8 +11,8 @@
 
 #include "common/check.h"
 #include "common/launch.h"
-#include "common/vector.cuh"
 #include "kd_loss/kd_loss_device.cuh"
+#include "kd_loss/kd_loss_logits.cuh"
 
 namespace kd {
 
@@ -24,12 +20,6 @@ namespace {
 
 constexpr const char* kOp = "kd_loss";
 constexpr int kTotalThreads = 1024;  // of the blocks that run over all rows
-
-template <typename T>
-struct Matrix {
-  T* data;  // null: none
-  int64_t stride;
-};
 
 // What the row kernels receive.
 template <typename scalar_t>
@@ -50,163 +40,6 @@ struct RowsCall {
   RowNumbers numbers;
 };
 
-// A row of a matrix, and whether its vectors lie on 16-byte boundaries like the student's.
-template <typename T>
-struct RowView {
-  T* data;
-  bool aligned;
-
-  __device__ __forceinline__ RowView(const Matrix<T>& matrix, int64_t row, int shift)
-      : data(matrix.data + row * matrix.stride), aligned(misalignment(data) == shift) {}
-};
-
-// The classes [first, first + kVectorSize) of a row, -inf outside of [0, classes).
-template <typename scalar_t>
-__device__ __forceinline__ uint4 load_vector(const RowView<const scalar_t>& row, int first,
-                                             int classes) {
-  constexpr int kSize = kVectorSize<scalar_t>;
-  if (row.aligned && first >= 0 && first + kSize <= classes) {
-    return *reinterpret_cast<const uint4*>(row.data + first);
-  }
-  float x[kSize];
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int k = first + i;
-    x[i] = 0 <= k && k < classes ? static_cast<float>(row.data[k]) : kMinusInf;
-  }
-  return pack<scalar_t>(x);
-}
-
-template <typename scalar_t>
-__device__ __forceinline__ void store_vector(const RowView<scalar_t>& row, int first, int classes,
-                                             const float (&x)[kVectorSize<scalar_t>]) {
-  constexpr int kSize = kVectorSize<scalar_t>;
-  if (row.aligned && first >= 0 && first + kSize <= classes) {
-    store_16(row.data + first, pack<scalar_t>(x));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int k = first + i;
-    if (0 <= k && k < classes) row.data[k] = static_cast<scalar_t>(x[i]);
-  }
-}
-
-// The vectors of a row that one thread walks: first, first + threads, ... below end.
-struct Walk {
-  int first, end, shift, classes;
-
-  __device__ __forceinline__ int count() const {
-    const int threads = static_cast<int>(blockDim.x);
-    return first < end ? (end - first + threads - 1) / threads : 0;
-  }
-  __device__ __forceinline__ int vector(int i) const {
-    return first + i * static_cast<int>(blockDim.x);
-  }
-};
-
-// Walks in global memory: a block loads the vector after next while it computes.
-template <typename scalar_t, bool kTeacher>
-struct LoopedLogits {
-  RowView<const scalar_t> student, teacher;
-  Walk walk;
-
-  // Calls body(first class, student's vector, teacher's vector). Every other pass runs backwards:
-  // it meets what the pass before it has left in the caches.
-  template <typename Body>
-  __device__ __forceinline__ void each(bool backwards, const Body& body) const {
-    constexpr int kSize = kVectorSize<scalar_t>;
-    const int count = walk.count();
-    if (count == 0) return;
-    const auto place = [&](int i) {
-      return walk.vector(backwards ? count - 1 - i : i) * kSize - walk.shift;
-    };
-    const auto load = [&](const RowView<const scalar_t>& row, int i) {
-      return load_vector(row, place(i), walk.classes);
-    };
-    uint4 next_student = load(student, 0);
-    uint4 next_teacher = kTeacher ? load(teacher, 0) : uint4{};
-    for (int i = 0; i < count; ++i) {
-      const uint4 now_student = next_student, now_teacher = next_teacher;
-      if (i + 1 < count) {
-        next_student = load(student, i + 1);
-        if constexpr (kTeacher) next_teacher = load(teacher, i + 1);
-      }
-      body(place(i), now_student, now_teacher);
-    }
-  }
-  template <typename Body>
-  __device__ __forceinline__ void each_at_first(const Body& body) const {
-    each(false, body);
-  }
-};
-
-// Walks in shared memory, filled by asynchronous copies; the first pass starts on the first
-// quarter of them while the others are under way.
-template <typename scalar_t, bool kTeacher>
-struct OnChipLogits {
-  static constexpr int kGroups = 4;
-
-  RowView<const scalar_t> student, teacher;
-  Walk walk;
-  uint4* kept_student;  // [vectors of this block]
-  uint4* kept_teacher;
-  int begin;  // vector of the row that is the block's first
-
-  __device__ __forceinline__ void stage(const RowView<const scalar_t>& row, uint4* kept,
-                                        int vector) const {
-    constexpr int kSize = kVectorSize<scalar_t>;
-    const int at = vector * kSize - walk.shift;
-    uint4* to = kept + (vector - begin);
-    if (row.aligned && at >= 0 && at + kSize <= walk.classes) {
-      copy_async_16(to, row.data + at);
-    } else {
-      *to = load_vector(row, at, walk.classes);
-    }
-  }
-
-  __device__ __forceinline__ int group_size() const { return (walk.count() + kGroups - 1) / kGroups; }
-
-  __device__ __forceinline__ void stage_all() const {
-    const int count = walk.count(), size = group_size();
-    for (int group = 0; group < kGroups; ++group) {
-      const int end = min(count, (group + 1) * size);
-      for (int i = group * size; i < end; ++i) {
-        stage(student, kept_student, walk.vector(i));
-        if constexpr (kTeacher) stage(teacher, kept_teacher, walk.vector(i));
-      }
-      copy_async_commit();
-    }
-  }
-
-  template <typename Body>
-  __device__ __forceinline__ void some(int from, int to, const Body& body) const {
-    for (int i = from; i < to; ++i) {
-      const int vector = walk.vector(i);
-      const uint4 now_student = kept_student[vector - begin];
-      const uint4 now_teacher = kTeacher ? kept_teacher[vector - begin] : uint4{};
-      body(vector * kVectorSize<scalar_t> - walk.shift, now_student, now_teacher);
-    }
-  }
-  template <typename Body>
-  __device__ __forceinline__ void each(bool, const Body& body) const {
-    some(0, walk.count(), body);
-  }
-  template <typename Body>
-  __device__ __forceinline__ void each_at_first(const Body& body) const {
-    const int count = walk.count(), size = group_size();
-    for (int group = 0; group < kGroups; ++group) {
-      switch (kGroups - 1 - group) {
-        case 3: copy_async_wait<3>(); break;
-        case 2: copy_async_wait<2>(); break;
-        case 1: copy_async_wait<1>(); break;
-        default: copy_async_wait<0>();
-      }
-      some(group * size, min(count, (group + 1) * size), body);
-    }
-  }
-};
-
 template <typename scalar_t, Divergence kD, bool kOnChip>
 __device__ __forceinline__ auto open_row(const RowsCall<scalar_t>& call,
                                          const RowView<const scalar_t>& student, int64_t row,
@@ -216,8 +49,8 @@ __device__ __forceinline__ auto open_row(const RowsCall<scalar_t>& call,
       kTeacher ? RowView<const scalar_t>(call.teacher, row, walk.shift) : student;
   if constexpr (kOnChip) {
     uint4* kept = reinterpret_cast<uint4*>(logits);
-    return OnChipLogits<scalar_t, kTeacher>{student, teacher, walk, kept,
-                                            kept + call.vectors_a_rank, begin};
+    return OnChipLogits<scalar_t, kTeacher>{
+        student, teacher, walk, kept, kept + call.vectors_a_rank, begin};
   } else {
     return LoopedLogits<scalar_t, kTeacher>{student, teacher, walk};
   }
@@ -290,7 +123,8 @@ __global__ void __launch_bounds__(kKdLossMaxThreads, 2)
     label_logit[0] = static_cast<float>(student.data[label]);
     to_z(n.student, label_logit);
   }
-  const auto open = [&](uint4 raw_student, uint4 raw_teacher, float(&s)[kSize], float(&t)[kSize]) {
+  const auto open = [&](uint4 raw_student, uint4 raw_teacher, float (&s)[kSize],
+                        float (&t)[kSize]) {
     unpack<scalar_t>(raw_student, s);
     to_z(n.student, s);
     if constexpr (Math::kTeacher) {
@@ -377,10 +211,9 @@ __device__ Totals sum_over_block(const Totals& mine) {
   });
 }
 
-__global__ void __launch_bounds__(kTotalThreads)
-    kd_loss_count(const int64_t* labels,  // [rows]
-                  int64_t rows, int64_t ignore_index,
-                  float* count) {  // []
+__global__ void __launch_bounds__(kTotalThreads) kd_loss_count(const int64_t* labels,  // [rows]
+                                                               int64_t rows, int64_t ignore_index,
+                                                               float* count) {  // []
   Totals mine;
   for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) {
     if (labels[row] != ignore_index) mine.count += 1.0f;
@@ -429,14 +262,22 @@ __global__ void __launch_bounds__(kTotalThreads) kd_loss_totals(const TotalsCall
 template <typename Body>
 void dispatch_divergence(Divergence divergence, const Body& body) {
   switch (divergence) {
-    case Divergence::kNone: return body.template operator()<Divergence::kNone>();
-    case Divergence::kForwardKl: return body.template operator()<Divergence::kForwardKl>();
-    case Divergence::kSoftCe: return body.template operator()<Divergence::kSoftCe>();
-    case Divergence::kReverseKl: return body.template operator()<Divergence::kReverseKl>();
-    case Divergence::kJsd: return body.template operator()<Divergence::kJsd>();
-    case Divergence::kTvd: return body.template operator()<Divergence::kTvd>();
-    case Divergence::kSpike: return body.template operator()<Divergence::kSpike>();
-    case Divergence::kNegEntropy: return body.template operator()<Divergence::kNegEntropy>();
+    case Divergence::kNone:
+      return body.template operator()<Divergence::kNone>();
+    case Divergence::kForwardKl:
+      return body.template operator()<Divergence::kForwardKl>();
+    case Divergence::kSoftCe:
+      return body.template operator()<Divergence::kSoftCe>();
+    case Divergence::kReverseKl:
+      return body.template operator()<Divergence::kReverseKl>();
+    case Divergence::kJsd:
+      return body.template operator()<Divergence::kJsd>();
+    case Divergence::kTvd:
+      return body.template operator()<Divergence::kTvd>();
+    case Divergence::kSpike:
+      return body.template operator()<Divergence::kSpike>();
+    case Divergence::kNegEntropy:
+      return body.template operator()<Divergence::kNegEntropy>();
   }
   STD_TORCH_CHECK(false, kOp, ": divergence must be one of 0 to 7, got ",
                   static_cast<int>(divergence));
@@ -445,9 +286,11 @@ void dispatch_divergence(Divergence divergence, const Body& body) {
 LogitRule logit_rule(double scale, double softcap, double temperature) {
   const bool plain = softcap == 0.0 && scale > 0.0;
   return {static_cast<float>(kLog2E / temperature * (plain ? scale : 1.0)),
-          static_cast<float>(plain ? scale : 1.0), static_cast<float>(scale),
+          static_cast<float>(plain ? scale : 1.0),
+          static_cast<float>(scale),
           static_cast<float>(softcap),
-          static_cast<float>(softcap != 0.0 ? 1.0 / softcap : 0.0), plain};
+          static_cast<float>(softcap != 0.0 ? 1.0 / softcap : 0.0),
+          plain};
 }
 
 RowNumbers row_numbers(const KdLossSpec& spec) {
@@ -520,7 +363,8 @@ void check_inputs(const Inputs& in) {
 
 // Fills rows and row_parts, and grad where there is one.
 template <typename scalar_t>
-void launch_rows(const LaunchScope& scope, const Inputs& in, Tensor* grad, RowsCall<scalar_t> call) {
+void launch_rows(const LaunchScope& scope, const Inputs& in, Tensor* grad,
+                 RowsCall<scalar_t> call) {
   const auto matrix = [](const Tensor& x) {
     return Matrix<const scalar_t>{static_cast<const scalar_t*>(x.const_data_ptr()), x.stride(0)};
   };
@@ -532,10 +376,10 @@ void launch_rows(const LaunchScope& scope, const Inputs& in, Tensor* grad, RowsC
   const int size = sizeof(scalar_t);
   const bool aligned = misalignment(call.student.data) == 0 &&
                        (call.row_count <= 1 || call.student.stride * size % kVectorBytes == 0);
-  const KdLossPlan plan = plan_kd_loss(
-      {in.spec.classes, size, aligned, grad != nullptr, in.spec.divergence},
-      {scope.attribute(cudaDevAttrComputeCapabilityMajor, kOp),
-       scope.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp)});
+  const KdLossPlan plan =
+      plan_kd_loss({in.spec.classes, size, aligned, grad != nullptr, in.spec.divergence},
+                   {scope.attribute(cudaDevAttrComputeCapabilityMajor, kOp),
+                    scope.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp)});
   call.ranks = plan.cluster;
   call.vectors = plan.vectors;
   call.vectors_a_rank = plan.vectors_a_rank;
@@ -545,10 +389,10 @@ void launch_rows(const LaunchScope& scope, const Inputs& in, Tensor* grad, RowsC
   const LaunchShape shape{blocks, plan.threads, plan.cluster,
                           static_cast<size_t>(plan.shared_bytes)};
   dispatch_divergence(in.spec.divergence, [&]<Divergence kD>() {
-    launch_kernel(kOp, scope, shape,
-                  plan.on_chip ? &kd_loss_rows<scalar_t, kD, true>
-                               : &kd_loss_rows<scalar_t, kD, false>,
-                  call);
+    launch_kernel(
+        kOp, scope, shape,
+        plan.on_chip ? &kd_loss_rows<scalar_t, kD, true> : &kd_loss_rows<scalar_t, kD, false>,
+        call);
   });
 }
 
@@ -610,11 +454,15 @@ auto kd_loss(Tensor student, MaybeTensor teacher, MaybeTensor labels, MaybeTenso
              double teacher_softcap, int64_t ignore_index, int64_t classes, bool mean,
              bool want_ce) {
   if (classes < 0 && student.dim() == 2) classes = student.size(1);
-  const Inputs in{student, teacher, labels, row_weights, denominator,
-                  KdLossSpec{static_cast<Divergence>(divergence), beta, temperature, ce_weight,
-                             kd_weight, label_smoothing, z_loss, student_scale, teacher_scale,
-                             student_softcap, teacher_softcap, ignore_index, classes, mean,
-                             want_ce}};
+  const Inputs in{
+      student,
+      teacher,
+      labels,
+      row_weights,
+      denominator,
+      KdLossSpec{static_cast<Divergence>(divergence), beta, temperature, ce_weight, kd_weight,
+                 label_smoothing, z_loss, student_scale, teacher_scale, student_softcap,
+                 teacher_softcap, ignore_index, classes, mean, want_ce}};
   if constexpr (kGradient == Gradient::kNew) {
     check_rows(student, kOp, "student");
     Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});

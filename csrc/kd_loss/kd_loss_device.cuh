@@ -24,8 +24,8 @@ constexpr float kLowest = -1e30f;
 
 // From the stored x to the exponent of 2.
 struct LogitRule {
-  float per_logit;    // c, times scale where plain
-  float natural;      // from a difference of z to one of logits: scale where plain, else 1
+  float per_logit;  // c, times scale where plain
+  float natural;    // from a difference of z to one of logits: scale where plain, else 1
   float scale;
   float softcap;      // 0: none
   float per_softcap;  // 1 / softcap

@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   if (factor == 1.0f) return;
   const int groups = gridDim.x / blocks_a_row;
   const int64_t step = static_cast<int64_t>(blocks_a_row) * blockDim.x;
-  const int64_t start =
-      static_cast<int64_t>(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x;
+  const int64_t start = static_cast<int64_t>(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x;
   for (int64_t r = blockIdx.x / blocks_a_row; r < rows; r += groups) {
     scalar_t* row = grad + r * stride;
     // Vectors on 16-byte boundaries; the first may begin before the row, the last end behind it.
@@ -71,15 +70,15 @@ void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
   const LaunchScope scope(grad);
   dispatch_float(grad.scalar_type(), kOp, "grad", [&]<typename scalar_t>() {
     constexpr int64_t kBlockElements = kThreads * kVectorSize<scalar_t>;
-    const int64_t most = int64_t{kBlocksAnSm} * scope.attribute(cudaDevAttrMultiProcessorCount, kOp);
+    const int64_t most =
+        int64_t{kBlocksAnSm} * scope.attribute(cudaDevAttrMultiProcessorCount, kOp);
     const int64_t a_row = std::min(columns / kBlockElements + 1, most);
     const int64_t groups = std::min(rows, most / a_row);
     const LaunchShape shape{groups * a_row, kThreads};
     const auto launch = [&]<typename scale_t>() {
       launch_kernel(kOp, scope, shape, &scale_rows<scalar_t, scale_t>,
                     static_cast<scalar_t*>(grad.mutable_data_ptr()), rows, columns, grad.stride(0),
-                    static_cast<int>(a_row),
-                    static_cast<const scale_t*>(scale.const_data_ptr()));
+                    static_cast<int>(a_row), static_cast<const scale_t*>(scale.const_data_ptr()));
     };
     return wide ? launch.template operator()<double>() : launch.template operator()<float>();
   });
@@ -89,4 +88,6 @@ void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
 
 }  // namespace kd
 
-STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) { m.impl("scale_grad_", TORCH_BOX(&kd::scale_grad_)); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
+  m.impl("scale_grad_", TORCH_BOX(&kd::scale_grad_));
+}

@@ -17,6 +17,7 @@ from kdkernels.bench import cases
 from kdkernels.ops.kd_loss import Spec
 from kdkernels.ops.kd_loss.op import kd_loss_grad
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
+from kdkernels.ops.scale_grad import scale_grad_
 
 PLANTED = "planted_for_verify"
 
@@ -29,6 +30,11 @@ def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
         loss, parts, rows = kd_loss_reference(leaf, *args[:4], Spec(*args[4:]))
         (grad,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), parts, rows.detach(), grad * 1.001
+
+
+@scale_grad_.launcher(PLANTED)
+def _right_factor(grad: Tensor, scale: Tensor) -> None:
+    grad.mul_(scale)
 
 
 @pytest.mark.parametrize("op", cases.names())
@@ -63,6 +69,8 @@ def test_a_kernel_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["verify", "--backend", "cublas"], "backend must be one of native, triton, reference"),
         (["verify", "--op", "softmax"], "op must be one of kd_loss, scale_grad, got 'softmax'"),
+        (["verify", "--device", "tpu"], "verify: device must be one of cpu"),
+        (["bench", "--device", "tpu"], "bench: device must be one of cpu"),
         (["bench", "--shape", "12"], "bench: shape must be ROWSxVOCAB, got '12'"),
         (["bench", "--mode", "sideways"], "bench: mode must be one of forward, backward, full"),
     ],

@@ -37,13 +37,13 @@ struct Copy {
 struct Fiber {
   int block = 0, warp = 0, lane = 0;
   unsigned block_index = 0;  // in the grid
-  size_t priority = 0;  // the lowest that is ready runs
+  size_t priority = 0;       // the lowest that is ready runs
   bool entered = false, ended = false;
   Meeting place = Meeting::kBlockBarrier;  // where it waits
   bool waiting = false;
-  bool arrived = false;   // at the cluster barrier, without having waited for it
-  uint64_t arrival = 0;   // the phase of the cluster barrier in which it did
-  uint32_t value = 0;     // of a shuffle: given, then received
+  bool arrived = false;  // at the cluster barrier, without having waited for it
+  uint64_t arrival = 0;  // the phase of the cluster barrier in which it did
+  uint32_t value = 0;    // of a shuffle: given, then received
   int source = 0;
   std::deque<std::vector<Copy>> groups;  // closed groups of copies, oldest first
   std::vector<Copy> open_group;
@@ -66,11 +66,11 @@ struct Block {
 // The blocks of one cluster, alive together.
 struct Cluster {
   std::vector<Block> blocks;
-  std::vector<Fiber> fibers;      // by block, warp, lane
+  std::vector<Fiber> fibers;  // by block, warp, lane
   std::vector<Fiber*> by_priority;
-  std::vector<uint64_t> ready;    // a bit for each priority
-  int alive = 0, arrived = 0;     // at the cluster barrier
-  uint64_t phase = 0;             // of it
+  std::vector<uint64_t> ready;  // a bit for each priority
+  int alive = 0, arrived = 0;   // at the cluster barrier
+  uint64_t phase = 0;           // of it
   const std::function<void()>* body = nullptr;
   std::exception_ptr error;
   Fiber* running = nullptr;
@@ -349,9 +349,9 @@ void run(dim3 grid, dim3 block, unsigned cluster_size, size_t shared,
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   using cuda_emulation::device;
-  *value = which == cudaDevAttrComputeCapabilityMajor          ? device.major
+  *value = which == cudaDevAttrComputeCapabilityMajor         ? device.major
            : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared
-                                                               : 2;  // multiprocessors
+                                                              : 2;  // multiprocessors
   return cudaSuccess;
 }
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
+TESTS = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-
-import backend  # noqa: E402
-import test_emulation  # noqa: E402
+import torch  # noqa: E402
+from emulation import backend  # noqa: E402
+from emulation.cases import LAYOUTS, SEEDS, Expected, device_for, make  # noqa: E402
 
 from kdkernels.ops.kd_loss.op import kd_loss_grad  # noqa: E402
 from kdkernels.ops.kd_loss.spec import Divergence, Spec  # noqa: E402
@@ -25,15 +25,15 @@ def find() -> list[str]:
     """The cases that fail, as text."""
     torch.manual_seed(0)
     found = []
-    student = test_emulation.make(2, 2048, torch.float32)
-    teacher = test_emulation.make(2, 2048, torch.float32)
+    student = make(2, 2048, torch.float32)
+    teacher = make(2, 2048, torch.float32)
     spec = Spec(divergence=Divergence.JSD.value, kd_weight=1.0)
-    expected = test_emulation.Expected(student, teacher, None, None, None, spec)
-    for layout, ranks in test_emulation.LAYOUTS.items():
-        for seed in test_emulation.SEEDS:
-            shared = test_emulation.shared_for(ranks, 2048, 4)
+    expected = Expected(student, teacher, None, None, None, spec)
+    for layout, ranks in LAYOUTS.items():
+        for seed in SEEDS:
+            gpu = device_for(ranks, 2048, 4)
             try:
-                with backend.device(shared=shared, seed=seed):
+                with backend.device(**gpu, seed=seed):
                     got = kd_loss_grad("emulated", student, teacher, None, None, None, *spec)
                 expected.check(got[0], got[2], got[3])
             except (AssertionError, RuntimeError) as error:
@@ -42,6 +42,9 @@ def find() -> list[str]:
 
 
 if __name__ == "__main__":
+    reason = backend.load()
+    if reason is not None:
+        sys.exit(reason)
     found = find()
     print("\n".join(found))
     sys.exit(0 if found else 1)

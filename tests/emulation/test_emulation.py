@@ -12,70 +12,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers.budget import assert_within_budget
-from torch import Tensor
+from emulation import backend, find_mutant
+from emulation.cases import LAYOUTS, SEEDS, Expected, device_for, make
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-import backend  # noqa: E402
-
-from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad, kd_loss_grad_  # noqa: E402
-from kdkernels.ops.kd_loss.reference import kd_loss_reference  # noqa: E402
-from kdkernels.ops.kd_loss.spec import Divergence, Spec  # noqa: E402
+from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad, kd_loss_grad_
+from kdkernels.ops.kd_loss.spec import Divergence, Spec
 
 REASON = backend.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
-LAYOUTS = {"cluster1": 1, "cluster2": 2, "cluster4": 4, "cluster8": 8, "looped": 0}
-SEEDS = range(4)  # one for each kind of order
-
-
-def shared_for(ranks: int, classes: int, element_size: int) -> int:
-    """Shared memory of a GPU on which the plan splits a row over ``ranks`` blocks (0: keeps none).
-
-    Such that a third of it holds a block's share of the row, two models, and little more.
-    """
-    if ranks == 0:
-        return 1024
-    if ranks == 1:
-        return backend.H200["shared"]
-    per_vector = 16 // element_size
-    vectors = -(-(classes + 2 * (per_vector - 1)) // per_vector)
-    reductions = (8 + ranks) * (32 + 16)
-    return 3 * (-(-vectors // ranks) * 2 * 16 + reductions + 1024) - 1024
-
-
-def make(rows: int, classes: int, dtype: torch.dtype, *, stride: int | None = None) -> Tensor:
-    """Logits in a buffer full of NaN."""
-    stride = stride or classes
-    x = torch.full((rows, stride), torch.nan, dtype=dtype)[:, :classes]
-    return x.copy_(3 * torch.randn(rows, classes))
-
-
-class Expected:
-    """Loss, rows and gradient of the reference: in float64, and with float32 arithmetic."""
-
-    def __init__(self, student: Tensor, *args: Any) -> None:
-        self.results = []
-        for dtype in (torch.float64, torch.float32):
-            x = student.detach().to(dtype).requires_grad_()
-            loss, _, rows = kd_loss_reference(x, *args)
-            (grad,) = torch.autograd.grad(loss, x)
-            if dtype == torch.float32:
-                grad = grad.to(student.dtype)
-            self.results.append((loss.detach(), rows.detach(), grad))
-
-    def check(self, loss: Tensor, rows: Tensor, grad: Tensor | None = None) -> None:
-        """Raises ``AssertionError`` unless all are within the budget."""
-        for i, actual in enumerate((loss, rows, grad)):
-            if actual is not None:
-                wide, same = self.results[0][i], self.results[1][i]
-                assert_within_budget(actual, wide, same, actual.dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,10 +41,10 @@ def test_layouts(layout: str, divergence: Divergence, dtype: torch.dtype) -> Non
         divergence.value, 0.3, 0.7, 0.4, 0.6, 0.1, 1e-3, 0.9, 1.1, 20.0, 0.0, classes=classes - 10
     )
     expected = Expected(student, teacher, labels, weights, None, spec)
-    shared = shared_for(LAYOUTS[layout], classes - 10, dtype.itemsize)
+    gpu = device_for(LAYOUTS[layout], classes - 10, dtype.itemsize, 1 + needs_teacher)
     args = (student, teacher, labels, weights, None, *spec)
     for seed in SEEDS:
-        with backend.device(shared=shared, seed=seed):
+        with backend.device(**gpu, seed=seed):
             got = kd_loss_grad("emulated", *args)
             expected.check(got[0], got[2], got[3])
             assert (got[3][1] == 0).all() and (got[3][:, -10:] == 0).all()
@@ -111,9 +58,10 @@ def test_layouts(layout: str, divergence: Divergence, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equal_models_have_no_gradient(layout: str) -> None:
     student = make(2, 1000, torch.bfloat16)
-    for divergence in (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JSD, Divergence.TVD):
+    D = Divergence
+    for divergence in (D.FORWARD_KL, D.REVERSE_KL, D.JSD, D.TVD):
         spec = Spec(divergence=divergence.value, kd_weight=4.0, temperature=2.0, beta=0.3)
-        with backend.device(shared=shared_for(LAYOUTS[layout], 1000, 2), seed=3):
+        with backend.device(**device_for(LAYOUTS[layout], 1000, 2), seed=3):
             loss, _, _, grad = kd_loss_grad(
                 "emulated", student, student.clone(), None, None, None, *spec
             )
@@ -125,7 +73,7 @@ def test_order_of_threads_changes_no_bit() -> None:
     spec = Spec(divergence=Divergence.JSD.value, kd_weight=1.0)
     results = []
     for seed in range(8):
-        with backend.device(shared=shared_for(4, 2000, 2), seed=seed):
+        with backend.device(**device_for(4, 2000, 2), seed=seed):
             results.append(kd_loss_grad("emulated", student, teacher, None, None, None, *spec))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
@@ -136,14 +84,12 @@ def test_no_clusters_before_hopper() -> None:
     spec = Spec(ce_weight=1.0)
     labels = torch.tensor([5, 3999])
     expected = Expected(student, None, labels, None, None, spec)
-    with backend.device(major=8, shared=shared_for(8, 4000, 4)):
+    with backend.device(major=8, shared=device_for(8, 4000, 4, 1)["shared"]):
         got = kd_loss_grad("emulated", student, None, labels, None, None, *spec)
     expected.check(got[0], got[2], got[3])
 
 
 def test_unchanged_kernels_pass_the_mutants_test() -> None:
-    import find_mutant
-
     assert find_mutant.find() == []
 
 
@@ -166,8 +112,8 @@ MUTANTS = {
         "kd_loss/kd_loss_cuda.cu",
         ["reinterpret_cast<char*>(stats_space.ranks + ranks)"],
     ),
-    "wait for the copies": ("kd_loss/kd_loss_cuda.cu", ["copy_async_wait<0>();"]),
-    "wait for the first copies": ("kd_loss/kd_loss_cuda.cu", ["copy_async_wait<3>();"]),
+    "wait for the copies": ("kd_loss/kd_loss_logits.cuh", ["copy_async_wait<0>();"]),
+    "wait for the first copies": ("kd_loss/kd_loss_logits.cuh", ["copy_async_wait<3>();"]),
 }
 IN_PLACE_OF_IT = {"space of the second reduction": "dynamic_shared()"}
 
@@ -187,7 +133,7 @@ def test_mutant_is_found(name: str, tmp_path: Path) -> None:
     library, reason = backend.build(sources, tmp_path / "build", ("-O1",))
     assert reason is None, reason
     done = subprocess.run(
-        [sys.executable, str(HERE / "find_mutant.py")],
+        [sys.executable, find_mutant.__file__],
         env=os.environ | {"KDKERNELS_EMULATED": str(library)},
         capture_output=True,
         text=True,
