@@ -157,15 +157,16 @@ def _ratios(
 def _figures(timing: Timing, copy: Timing | None, copied: int, traffic: int) -> dict[str, Any]:
     """Times, and what they mean against the copy of the same run."""
     bandwidth = None if copy is None else copied / copy.median
+    floor = traffic / bandwidth if bandwidth and traffic else None
     return {
         "ms": 1e3 * timing.median,
         "ms_20": 1e3 * timing.low,
         "ms_80": 1e3 * timing.high,
         "samples": timing.samples,
-        "gb_per_s": bandwidth and traffic / timing.median / 1e9,
         "copy_gb_per_s": bandwidth and bandwidth / 1e9,
-        "floor_ms": bandwidth and 1e3 * traffic / bandwidth,
-        "fraction_of_floor": bandwidth and traffic / bandwidth / timing.median,
+        "gb_per_s": floor and traffic / timing.median / 1e9,
+        "floor_ms": floor and 1e3 * floor,
+        "fraction_of_floor": floor and floor / timing.median,
     }
 
 

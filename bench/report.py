@@ -35,7 +35,9 @@ class Row:
     samples: int
     gb_per_s: float | None
     copy_gb_per_s: float | None  # measured in the same run
-    floor_ms: float | None  # least traffic at that bandwidth
+    # Least traffic at that bandwidth. A copy also reads the lines it overwrites, so what writes in
+    # place may be faster.
+    floor_ms: float | None
     fraction_of_floor: float | None
     ratio: dict[str, float]  # time of each rival over ours
     peak_mb_above_inputs: float | None
@@ -92,8 +94,16 @@ def _table(rows: Sequence[Row]) -> Table:
     unit = "us" if first.launch_bound else "ms"
     title = f"{first.op} {first.mode}, {first.rows} x {first.columns} {first.dtype}, {first.device}"
     if not first.launch_bound:
-        title += f"; copy {first.copy_gb_per_s:.1f} GB/s, floor {first.floor_ms:.3g} ms"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        title += f"; copy {first.copy_gb_per_s:.1f} GB/s"
+    if first.floor_ms is not None:
+        title += f", floor {first.floor_ms:.3g} ms"
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("", no_wrap=True)
     # Two words, two lines, so that a table fits a terminal of 80 columns.
     columns = [unit, "20-80 %"]
@@ -112,7 +122,8 @@ def _cells(row: Row, rivals: Sequence[str]) -> list[str]:
     cells = [middle, f"{low}-{high}"]
     if not row.launch_bound:
         peak = row.peak_mb_above_inputs
-        cells += [f"{row.gb_per_s:.1f}", f"{row.fraction_of_floor:.0%}"]
+        cells.append("" if row.gb_per_s is None else f"{row.gb_per_s:.1f}")
+        cells.append("" if row.fraction_of_floor is None else f"{row.fraction_of_floor:.0%}")
         cells.append("" if peak is None else f"{peak:.0f}")
     cells += [f"{row.ratio[name]:.1f}" if name in row.ratio else "" for name in rivals]
     return [*cells, f"{row.gradient_error:.1e}"]

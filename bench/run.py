@@ -120,6 +120,7 @@ def throughput_table(
     # Checking, warming up and compiling take about half of the time.
     share = 0.5 * seconds / (len(shapes) * len(dtypes))
     plan = Plan("kd_loss", (backend,), DEFAULT_RIVALS, ("full",), seconds=share, memory=False)
+    short = {name: alias for alias, name in ALIASES.items()}
     table = []
     for shape in shapes:
         for dtype in dtypes:
@@ -127,14 +128,14 @@ def throughput_table(
             if measured.refused:
                 raise RuntimeError(f"kd_loss is wrong here: {measured.refused[0]}")
             ours, *others = measured.rows
-            # Titles of two lines, so that the table fits a terminal of 80 columns.
+            # Titles of two lines and short names: the table has to fit a terminal of 80 columns.
             table.append(
                 {
                     "rows x vocab": f"{shape[0]} x {shape[1]}",
-                    "dtype": dtype_name(dtype),
+                    "dtype": short[dtype_name(dtype)],
                     "kd_loss,\nms": ours.ms,
                     **{f"{row.variant},\nms": row.ms for row in others},
-                    **{f"x faster\nthan {name}": ratio for name, ratio in ours.ratio.items()},
+                    **{f"{name} /\nkd_loss": ratio for name, ratio in ours.ratio.items()},
                     "of copy\nspeed": f"{ours.fraction_of_floor or 0:.0%}",
                 }
             )
@@ -144,7 +145,11 @@ def throughput_table(
 def print_throughput(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Prints what :func:`throughput_table` gave."""
     table = Table(
-        title="kd_loss and its gradient", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title="kd_loss and its gradient",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     titles = list(dict.fromkeys(title for row in rows for title in row))
     for title in titles:

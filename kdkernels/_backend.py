@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from torch import Tensor
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -15,7 +17,8 @@ PREFERENCE = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "refe
 _extra: tuple[str, ...] = ()  # backends that tests register, e.g. the host emulation of CUDA
 _forced: str | None = None
 
-Unsupported = Callable[[str], str | None]
+# Says why a backend (first argument) cannot run a call on these tensors; None when it can.
+Unsupported = Callable[..., str | None]
 
 
 def check_name(backend: str) -> None:
@@ -31,7 +34,9 @@ def register_backend(name: str) -> None:
         _extra = (*_extra, name)
 
 
-def choose(op: str, device: str, requested: str | None, unsupported: Unsupported) -> str:
+def choose(
+    op: str, device: str, requested: str | None, unsupported: Unsupported, *tensors: Tensor | None
+) -> str:
     """The backend of a call.
 
     Args:
@@ -39,6 +44,7 @@ def choose(op: str, device: str, requested: str | None, unsupported: Unsupported
         device: device type of the tensors.
         requested: what the caller asked for; ``None`` for the automatic choice.
         unsupported: says why a backend cannot run this call, or ``None`` when it can.
+        *tensors: what ``unsupported`` looks at.
 
     Raises:
         ValueError: unknown name.
@@ -47,18 +53,15 @@ def choose(op: str, device: str, requested: str | None, unsupported: Unsupported
     name = requested or _forced
     if name is None:
         for name in PREFERENCE.get(device, ("reference",)):
-            if unsupported(name) is None:
+            if unsupported(name, *tensors) is None:
                 return name
-        raise NotImplementedError(f"{op}: no backend runs this call: {_reasons(unsupported)}")
+        reasons = "; ".join(f"{name}: {unsupported(name, *tensors)}" for name in BACKENDS)
+        raise NotImplementedError(f"{op}: no backend runs this call: {reasons}")
     check_name(name)
-    reason = unsupported(name)
+    reason = unsupported(name, *tensors)
     if reason is not None:
         raise NotImplementedError(f"{op}: backend {name!r} cannot run this call: {reason}")
     return name
-
-
-def _reasons(unsupported: Unsupported, names: Sequence[str] = BACKENDS) -> str:
-    return "; ".join(f"{name}: {unsupported(name) or 'available'}" for name in names)
 
 
 @contextmanager

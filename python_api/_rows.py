@@ -45,9 +45,11 @@ def reduce_rows(
     if student.dim() == 0:
         raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
     leading = student.shape[:-1]
-    if labels is not None or mask is not None or row_weights is not None or shift:
+    # The op itself checks plain labels of plain rows.
+    plain = len(leading) == 1 and (labels is None or labels.dtype is torch.int64)
+    if not plain or mask is not None or row_weights is not None or shift:
         labels, row_weights = _fold(student, labels, mask, row_weights, spec.ignore_index, shift)
-    if student.dim() != 2:
+    if len(leading) != 1:
         _same_leading(student, teacher)
         student = student.reshape(-1, student.shape[-1])
         teacher = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
@@ -65,10 +67,19 @@ def reduce_rows(
     elif reduction == "batchmean":
         denominator = torch.full((), leading[0] if leading else 1, device=student.device).float()
     loss, parts = op.kd_loss(
-        student, teacher, labels, row_weights, denominator, spec, inplace=inplace, backend=backend
+        student,
+        teacher,
+        labels,
+        row_weights,
+        denominator,
+        spec,
+        inplace=inplace,
+        want_parts=return_parts,
+        backend=backend,
     )
     if not return_parts:
         return loss
+    assert parts is not None
     return KDParts(loss, parts[1] * t2, parts[0], parts[2] * spec.z_loss, parts[3])
 
 

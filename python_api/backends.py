@@ -52,7 +52,7 @@ def explain(op: str, *tensors: Tensor) -> str:
     if not tensors:
         raise ValueError("explain: tensors must hold at least the op's first tensor, got none")
     device = tensors[0].device.type
-    chosen = choose(op, device, None, lambda name: module.unsupported(name, *tensors))
+    chosen = choose(op, device, None, module.unsupported, *tensors)
     lines = [f"{op} on {device}: {chosen}"]
     for name in BACKENDS:
         if name != chosen:

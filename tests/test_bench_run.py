@@ -34,14 +34,14 @@ SMALL = ["--device", "cpu", "--backend", OURS, "--shape", "4x64", "--seconds", "
 
 
 @kd_loss_grad.launcher(PLANTED)
-def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Right but for one element of the gradient."""
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
-        loss, parts, rows = kd_loss_reference(leaf, *args[:4], Spec(*args[4:]))
+        loss, parts, _ = kd_loss_reference(leaf, *args[:4], Spec.of(args[4]))
         (grad,) = torch.autograd.grad(loss, leaf)
     grad[0, 0] += 1e-3
-    return loss.detach(), parts, rows.detach(), grad
+    return loss.detach(), parts, grad
 
 
 @scale_grad_.launcher(PLANTED)
@@ -107,7 +107,7 @@ def test_every_op_has_a_case_and_the_layout_of_one() -> None:
     assert cases.names() == sorted(kdkernels.ops.__all__)
     for name in cases.names():
         case = cases.load(name)
-        assert case.modes and all(case.traffic(mode) for mode in case.modes)
+        assert case.modes and any(case.traffic(mode) for mode in case.modes)
         assert case.shapes("cpu") and case.shapes("cuda")
 
 
@@ -176,7 +176,7 @@ def test_throughput_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "DEFAULT_RIVALS", ("eager",))
     rows = run.throughput_table(shapes=[(16, 20000)], seconds=0.2, dtypes=[torch.float32])
     assert len(rows) == 1 and rows[0]["rows x vocab"] == "16 x 20000"
-    assert rows[0]["kd_loss,\nms"] > 0 and rows[0]["x faster\nthan eager"] > 0
+    assert rows[0]["kd_loss,\nms"] > 0 and rows[0]["eager /\nkd_loss"] > 0
     run.print_throughput(rows)
 
 

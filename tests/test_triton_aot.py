@@ -166,7 +166,7 @@ def _launch(case: dict[str, Any]) -> None:
         torch.zeros(2, dtype=torch.int64) if case.get("labels", True) else None,
         torch.ones(2) if case.get("weighted") else None,
         torch.ones(()) if case.get("weighted") else None,
-        *spec,
+        spec,
     )
 
 

@@ -20,7 +20,10 @@ Run = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Consuming:
-    """A run that overwrites its first input: each call gets a copy of its own, made untimed."""
+    """A run that overwrites its first input: each call gets a copy of its own, made untimed.
+
+    The end of that copy is then in the cache, which favours the run.
+    """
 
     run: Run
 
@@ -54,7 +57,7 @@ class Case(Protocol):
         """A rival, or the reason why it cannot run."""
 
     def traffic(self, mode: str) -> int:
-        """How often an element of the first input's size has to be read or written, at least."""
+        """How many tensors of the first input's size have to be read or written; 0: no bound."""
 
     def checks(self, device: str, backend: str) -> Iterator[tuple[str, list[Check]]]:
         """Checks against float64 over dtypes, options and edge cases, by name."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.bench.accuracy import Check, compare
-from kdkernels.bench.cases import Consuming, Inputs, Setting
+from kdkernels.bench.cases import Inputs, Run, Setting
 from kdkernels.ops.scale_grad import scale_grad_
 
 SHAPES = {"cpu": [(512, 32000), (256, 128256)], "cuda": [(4096, 32000), (4096, 128256)]}
@@ -26,22 +26,22 @@ class ScaleGradCase:
         return SHAPES[device]
 
     def inputs(self, setting: Setting, shape: tuple[int, int]) -> Inputs:
-        """A gradient and a factor."""
+        """A gradient and a factor, -1: applied again and again it makes nothing overflow."""
         grad = torch.randn(shape, device=setting.device).to(setting.dtype)
-        return grad, torch.tensor(0.75, device=setting.device)
+        return grad, torch.tensor(-1.0, device=setting.device)
 
-    def ours(self, setting: Setting, backend: str) -> Consuming:
+    def ours(self, setting: Setting, backend: str) -> Run:
         """The primitive, in place."""
 
         def run(grad: Tensor, scale: Tensor) -> Tensor:
             scale_grad_(backend, grad, scale)
             return grad
 
-        return Consuming(run)
+        return run
 
-    def rival(self, setting: Setting, name: str) -> Consuming:
+    def rival(self, setting: Setting, name: str) -> Run:
         """``Tensor.mul_``."""
-        return Consuming(lambda grad, scale: grad.mul_(scale))
+        return Tensor.mul_
 
     def traffic(self, mode: str) -> int:
         """Read once, written once."""

@@ -35,20 +35,36 @@ KD_INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 
 KD_INLINE float sum(Vec x) {
+#if KD_LANES == 16
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float v[kLanes];
   store(v, x);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
   }
   return v[0];
+#endif
 }
 
 KD_INLINE float max_lane(Vec x) {
+#if KD_LANES == 16
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float v[kLanes];
   store(v, x);
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] = v[i + width] > v[i] ? v[i + width] : v[i];
+  }
+  return v[0];
+#endif
+}
+
+// Lanes below `count`.
+KD_INLINE IntVec first_lanes(int count) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < count;
 }
 
 // A factor as a sum of two floats, so that x * factor keeps its fraction bits.
@@ -164,6 +180,34 @@ KD_INLINE ShortVec to_half(Vec x) {
   }
   return y;
 #endif
+}
+
+// The first `count` elements from p on; the other lanes hold anything.
+template <typename T>
+KD_INLINE Vec load_first(const T* p, int count) {
+#if KD_LANES == 16
+  // A masked load: going through memory would stall on the narrower stores before it.
+  if constexpr (std::is_same_v<T, float>) {
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  }
+#endif
+  T copy[kLanes] = {};
+  std::memcpy(copy, p, count * sizeof(T));
+  return load(copy);
+}
+
+// Floats as the dtype Out.
+template <typename Out>
+KD_INLINE auto convert(Vec x) {
+  if constexpr (std::is_same_v<Out, float>) return x;
+  if constexpr (std::is_same_v<Out, Bf16>) return to_bf16(x);
+  if constexpr (std::is_same_v<Out, Half>) return to_half(x);
+}
+
+template <typename Out>
+KD_INLINE void store_first(Out* p, Vec x, int count) {
+  const auto y = convert<Out>(x);
+  std::memcpy(p, &y, count * sizeof(Out));
 }
 
 // Stores past the cache: a gradient of gigabytes must not evict the rows still to be read, nor be

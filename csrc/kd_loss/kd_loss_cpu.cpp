@@ -136,9 +136,9 @@ acc_t* data(const Tensor& x) {
 // The weighted row losses, and their scaled sums, added in the order of the rows.
 template <typename acc_t>
 void reduce(const KdLossCall& call, const std::vector<RowTerms>& terms, const acc_t* row_weights,
-            int64_t valid, const Tensor& loss, const Tensor& parts, const Tensor& row_losses) {
+            int64_t valid, const Tensor& loss, const Tensor& parts, const Tensor* row_losses) {
   double ce = 0, divergence = 0, lse_squared = 0, total = 0;
-  acc_t* row_out = data<acc_t>(row_losses);
+  acc_t* row_out = row_losses == nullptr ? nullptr : data<acc_t>(*row_losses);
   for (size_t row = 0; row < terms.size(); ++row) {
     const bool skip = call.labels != nullptr && call.labels[row] == call.spec.ignore_index;
     const double weight = skip ? 0.0 : row_weights == nullptr ? 1.0 : row_weights[row];
@@ -148,7 +148,7 @@ void reduce(const KdLossCall& call, const std::vector<RowTerms>& terms, const ac
     if (call.spec.ce_weight != 0.0) value += call.spec.ce_weight * term.ce;
     if (call.spec.kd_weight != 0.0) value += call.spec.kd_weight * term.divergence;
     if (call.spec.z_loss != 0.0) value += call.spec.z_loss * term.lse_squared;
-    row_out[row] = static_cast<acc_t>(weight * value);
+    if (row_out != nullptr) row_out[row] = static_cast<acc_t>(weight * value);
     total += weight * value;
     ce += weight * term.ce;
     divergence += weight * term.divergence;
@@ -162,18 +162,23 @@ void reduce(const KdLossCall& call, const std::vector<RowTerms>& terms, const ac
   out[3] = static_cast<acc_t>(valid);
 }
 
-std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student,                     // [rows, columns]
-                                       const std::optional<Tensor>& teacher,      // the same rows
-                                       const std::optional<Tensor>& labels,       // [rows] int64
-                                       const std::optional<Tensor>& row_weights,  // [rows]
-                                       const std::optional<Tensor>& denominator,  // []
-                                       KdLossSpec spec, Tensor* grad) {
+using MaybeTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> run(const Tensor& student,           // [rows, columns]
+                               const MaybeTensor& teacher,      // the same rows
+                               const MaybeTensor& labels,       // [rows] int64
+                               const MaybeTensor& row_weights,  // [rows]
+                               const MaybeTensor& denominator,  // []
+                               const std::vector<double>& numbers, Tensor* grad,
+                               Tensor* row_losses = nullptr) {
   check_rows(student, kOp, "student");
   const int64_t rows = student.size(0), columns = student.size(1);
+  STD_TORCH_CHECK(numbers.size() == kSpecNumbers, kOp, ": spec must have ", kSpecNumbers,
+                  " numbers, got ", numbers.size());
+  const KdLossSpec spec = make_spec(numbers, columns);
   const ScalarType dtype = student.scalar_type();
   const bool f64 = dtype == ScalarType::Double;
   const ScalarType acc = f64 ? ScalarType::Double : ScalarType::Float;
-  if (spec.classes < 0) spec.classes = columns;
   STD_TORCH_CHECK(spec.classes <= columns, kOp, ": student must have at least ", spec.classes,
                   " classes, got ", columns);
   check_per_row(labels, rows, ScalarType::Long, kOp, "labels");
@@ -237,78 +242,42 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student,                   
 
   Tensor loss = empty_cpu(std::array<int64_t, 0>{}, acc);
   Tensor parts = empty_cpu(std::array<int64_t, 1>{4}, acc);
-  Tensor row_losses = empty_cpu(std::array<int64_t, 1>{rows}, acc);
+  if (row_losses != nullptr) *row_losses = empty_cpu(std::array<int64_t, 1>{rows}, acc);
   if (f64) {
     reduce(call, terms, static_cast<const double*>(weights), valid, loss, parts, row_losses);
   } else {
     reduce(call, terms, static_cast<const float*>(weights), valid, loss, parts, row_losses);
   }
-  return {loss, parts, row_losses};
+  return {loss, parts};
 }
 
-KdLossSpec make_spec(int64_t divergence, double beta, double temperature, double ce_weight,
-                     double kd_weight, double label_smoothing, double z_loss, double student_scale,
-                     double teacher_scale, double student_softcap, double teacher_softcap,
-                     int64_t ignore_index, int64_t classes, bool mean, bool want_ce) {
-  return {static_cast<Divergence>(divergence),
-          beta,
-          temperature,
-          ce_weight,
-          kd_weight,
-          label_smoothing,
-          z_loss,
-          student_scale,
-          teacher_scale,
-          student_softcap,
-          teacher_softcap,
-          ignore_index,
-          classes,
-          mean,
-          want_ce};
+std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student, const MaybeTensor& teacher,
+                                           const MaybeTensor& labels,
+                                           const MaybeTensor& row_weights,
+                                           const MaybeTensor& denominator,
+                                           const std::vector<double>& spec) {
+  Tensor rows;
+  auto [loss, parts] =
+      run(student, teacher, labels, row_weights, denominator, spec, nullptr, &rows);
+  return {loss, parts, rows};
 }
 
-using MaybeTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor, Tensor> kd_loss(
-    const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-    const MaybeTensor& row_weights, const MaybeTensor& denominator, int64_t divergence, double beta,
-    double temperature, double ce_weight, double kd_weight, double label_smoothing, double z_loss,
-    double student_scale, double teacher_scale, double student_softcap, double teacher_softcap,
-    int64_t ignore_index, int64_t classes, bool mean, bool want_ce) {
-  return run(student, teacher, labels, row_weights, denominator,
-             make_spec(divergence, beta, temperature, ce_weight, kd_weight, label_smoothing, z_loss,
-                       student_scale, teacher_scale, student_softcap, teacher_softcap, ignore_index,
-                       classes, mean, want_ce),
-             nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss_grad(
-    const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-    const MaybeTensor& row_weights, const MaybeTensor& denominator, int64_t divergence, double beta,
-    double temperature, double ce_weight, double kd_weight, double label_smoothing, double z_loss,
-    double student_scale, double teacher_scale, double student_softcap, double teacher_softcap,
-    int64_t ignore_index, int64_t classes, bool mean, bool want_ce) {
+std::tuple<Tensor, Tensor, Tensor> kd_loss_grad(const Tensor& student, const MaybeTensor& teacher,
+                                                const MaybeTensor& labels,
+                                                const MaybeTensor& row_weights,
+                                                const MaybeTensor& denominator,
+                                                const std::vector<double>& spec) {
+  check_rows(student, kOp, "student");
   Tensor grad = pooled_empty(student.size(0), student.size(1), student);
-  auto [loss, parts, rows] =
-      run(student, teacher, labels, row_weights, denominator,
-          make_spec(divergence, beta, temperature, ce_weight, kd_weight, label_smoothing, z_loss,
-                    student_scale, teacher_scale, student_softcap, teacher_softcap, ignore_index,
-                    classes, mean, want_ce),
-          &grad);
-  return {loss, parts, rows, grad};
+  auto [loss, parts] = run(student, teacher, labels, row_weights, denominator, spec, &grad);
+  return {loss, parts, grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss_grad_(
-    Tensor student, const MaybeTensor& teacher, const MaybeTensor& labels,
-    const MaybeTensor& row_weights, const MaybeTensor& denominator, int64_t divergence, double beta,
-    double temperature, double ce_weight, double kd_weight, double label_smoothing, double z_loss,
-    double student_scale, double teacher_scale, double student_softcap, double teacher_softcap,
-    int64_t ignore_index, int64_t classes, bool mean, bool want_ce) {
-  return run(student, teacher, labels, row_weights, denominator,
-             make_spec(divergence, beta, temperature, ce_weight, kd_weight, label_smoothing, z_loss,
-                       student_scale, teacher_scale, student_softcap, teacher_softcap, ignore_index,
-                       classes, mean, want_ce),
-             &student);
+std::tuple<Tensor, Tensor> kd_loss_grad_(Tensor student, const MaybeTensor& teacher,
+                                         const MaybeTensor& labels, const MaybeTensor& row_weights,
+                                         const MaybeTensor& denominator,
+                                         const std::vector<double>& spec) {
+  return run(student, teacher, labels, row_weights, denominator, spec, &student);
 }
 
 }  // namespace

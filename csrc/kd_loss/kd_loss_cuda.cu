@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/check.h"
 #include "common/launch.h"
@@ -334,7 +335,6 @@ const T* data_or_null(const MaybeTensor& tensor) {
 
 void check_inputs(const Inputs& in) {
   constexpr int64_t kMostColumns = int64_t{1} << 30;  // columns are counted in 32 bits
-  check_rows(in.student, kOp, "student");
   const int64_t rows = in.student.size(0), columns = in.student.size(1);
   STD_TORCH_CHECK(in.spec.classes <= columns && columns < kMostColumns, kOp,
                   ": student must have at least ", in.spec.classes, " and below ", kMostColumns,
@@ -448,27 +448,21 @@ enum class Gradient { kNone, kNew, kInPlace };
 // The three operators, by where the gradient goes.
 template <Gradient kGradient>
 auto kd_loss(Tensor student, MaybeTensor teacher, MaybeTensor labels, MaybeTensor row_weights,
-             MaybeTensor denominator, int64_t divergence, double beta, double temperature,
-             double ce_weight, double kd_weight, double label_smoothing, double z_loss,
-             double student_scale, double teacher_scale, double student_softcap,
-             double teacher_softcap, int64_t ignore_index, int64_t classes, bool mean,
-             bool want_ce) {
-  if (classes < 0 && student.dim() == 2) classes = student.size(1);
-  const Inputs in{
-      student,
-      teacher,
-      labels,
-      row_weights,
-      denominator,
-      KdLossSpec{static_cast<Divergence>(divergence), beta, temperature, ce_weight, kd_weight,
-                 label_smoothing, z_loss, student_scale, teacher_scale, student_softcap,
-                 teacher_softcap, ignore_index, classes, mean, want_ce}};
+             MaybeTensor denominator, std::vector<double> spec) {
+  check_rows(student, kOp, "student");
+  STD_TORCH_CHECK(spec.size() == kSpecNumbers, kOp, ": spec must have ", kSpecNumbers,
+                  " numbers, got ", spec.size());
+  const Inputs in{student,     teacher,     labels,
+                  row_weights, denominator, make_spec(spec, student.size(1))};
   if constexpr (kGradient == Gradient::kNew) {
-    check_rows(student, kOp, "student");
     Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
-    return std::tuple_cat(run(in, &grad), std::make_tuple(grad));
+    auto [loss, parts, rows] = run(in, &grad);
+    return std::make_tuple(loss, parts, grad);
+  } else if constexpr (kGradient == Gradient::kInPlace) {
+    auto [loss, parts, rows] = run(in, &student);
+    return std::make_tuple(loss, parts);
   } else {
-    return run(in, kGradient == Gradient::kInPlace ? &student : nullptr);
+    return run(in, nullptr);
   }
 }
 

@@ -26,7 +26,7 @@ struct Sums {
   float teacher_ref = -3.4028235e38f;
   double student = 0, student_ce = 0, teacher = 0;
   double cross = 0;   // sum of exp * difference of logits, each less its reference
-  double logits = 0;  // of classes that are not -inf
+  double logits = 0;  // of classes that are not -inf, each less the reference
   int64_t live = 0;
 };
 
@@ -98,12 +98,13 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
 
 // Sum and number of the logits that are not -inf: for smoothing and the virtual teacher.
 static void add_logits(const float* s, int n, Sums& sums) {
+  const Vec ref = splat(sums.student_ref);
   Vec total{};
   IntVec live{};
   for (int i = 0; i < n; i += kLanes) {
     const Vec z = load(s + i);
     const IntVec is_live = z > -__builtin_inff();
-    total += select(is_live, z, Vec{});
+    total += select(is_live, z - ref, Vec{});
     live -= is_live;
   }
   sums.logits += sum(total);
@@ -135,25 +136,11 @@ static const float* load_block(const char* row, int64_t column, int n, float sca
     store(buffer + i, as_is ? load(p + i) : transform(load(p + i), scale, cap));
   }
   if (whole < n) {
-    T tail[kLanes] = {};
-    std::memcpy(tail, p + whole, (n - whole) * sizeof(T));
-    store(buffer + whole, as_is ? load(tail) : transform(load(tail), scale, cap));
-    for (int i = n; i < whole + kLanes; ++i) buffer[i] = -__builtin_inff();
+    const Vec tail = load_first(p + whole, n - whole);
+    store(buffer + whole, select(first_lanes(n - whole), as_is ? tail : transform(tail, scale, cap),
+                                 splat(-__builtin_inff())));
   }
   return buffer;
-}
-
-template <typename Out>
-static inline auto convert(Vec x) {
-  if constexpr (std::is_same_v<Out, float>) return x;
-  if constexpr (std::is_same_v<Out, Bf16>) return to_bf16(x);
-  if constexpr (std::is_same_v<Out, Half>) return to_half(x);
-}
-
-template <typename Out>
-static inline void store_tail(Out* p, Vec x, int count) {
-  const auto y = convert<Out>(x);
-  std::memcpy(p, &y, count * sizeof(Out));
 }
 
 // Rounds `n` floats to the dtype of the gradient.
@@ -168,16 +155,16 @@ static void store_block(char* row, int64_t column, const float* x, int n, bool p
     const int64_t off = reinterpret_cast<uintptr_t>(p) % kBytes;
     if (off != 0) {
       const int head = std::min<int64_t>(n, (kBytes - off) / sizeof(Out));
-      store_tail(p, load(x), head);
+      store_first(p, load(x), head);
       i = head;
     }
     for (; i + kLanes <= n; i += kLanes) {
       stream(reinterpret_cast<Word*>(p + i), convert<Out>(load(x + i)));
     }
   } else {
-    for (; i + kLanes <= n; i += kLanes) store_tail(p + i, load(x + i), kLanes);
+    for (; i + kLanes <= n; i += kLanes) store_first(p + i, load(x + i), kLanes);
   }
-  if (i < n) store_tail(p + i, load(x + i), n - i);
+  if (i < n) store_first(p + i, load(x + i), n - i);
 }
 
 // The memory side of a row, by dtype: one indirect call a block keeps the arithmetic out of the
@@ -348,6 +335,7 @@ class Row {
         } else {
           sums_.cross += by * sums_.teacher;
         }
+        sums_.logits -= by * sums_.live;
       });
       if constexpr (kHasTeacher<D>) {
         t = load_teacher_(teacher_, block * kBlock, length(block), spec_.teacher_scale,
@@ -384,13 +372,13 @@ class Row {
   // Losses of the row from its sums; runs the middle pass where there is one.
   RowTerms finish() {
     RowTerms terms{0, 0, 0};
-    const double ref = sums_.student_ref;
-    lse_ = ref + std::log(sums_.student_ce);
+    const double log_ce = std::log(sums_.student_ce);
+    lse_ = sums_.student_ref + log_ce;
     if (spec_.z_loss != 0.0) terms.lse_squared = lse_ * lse_;
     if (spec_.needs_ce()) {
-      terms.ce = lse_ - label_logit();
+      terms.ce = log_ce - label_logit();
       if (spec_.label_smoothing != 0.0) {
-        const double uniform = lse_ - sums_.logits / sums_.live;
+        const double uniform = log_ce - sums_.logits / sums_.live;
         terms.ce += spec_.label_smoothing * (uniform - terms.ce);
       }
     }
@@ -414,18 +402,18 @@ class Row {
     if constexpr (D == Divergence::kNegEntropy) {
       return sums_.cross / sums_.student * inv_t_ - log_student;
     }
-    if constexpr (D == Divergence::kSpike) return spike(sums_.student_ref * inv_t_ + log_student);
+    if constexpr (D == Divergence::kSpike) return spike(log_student);
     if constexpr (kTwoStage<D>) return middle();
     return 0.0;
   }
 
-  double spike(double lse_student) {
+  double spike(double log_student) {
     const int64_t others = sums_.live - 1;
     const double at_label = others > 0 ? spec_.beta : 1.0;
     share_ = others > 0 ? (1.0 - spec_.beta) / others : 0.0;
     const double entropy = xlogx(at_label) + others * xlogx(share_);
-    const double log_label = label_logit() * inv_t_ - lse_student;
-    const double log_sum = sums_.logits * inv_t_ - sums_.live * lse_student;
+    const double log_label = label_logit() * inv_t_ - log_student;
+    const double log_sum = sums_.logits * inv_t_ - sums_.live * log_student;
     spike_ = at_label - share_;
     return entropy - spike_ * log_label - share_ * log_sum;
   }
@@ -460,10 +448,12 @@ class Row {
     return rescale(keep_.teacher_ref[block], sums_.teacher_ref, inv_t_);
   }
 
+  // The label's logit, less the row's maximum.
   double label_logit() const {
     float buffer[kLanes];
-    return load_student_(student_, label_, 1, spec_.student_scale, spec_.student_softcap,
-                         buffer)[0];
+    const double logit =
+        *load_student_(student_, label_, 1, spec_.student_scale, spec_.student_softcap, buffer);
+    return logit - sums_.student_ref;
   }
 
   // Pass 2: the gradient of the row times `weight`, chained through scale and soft-cap.

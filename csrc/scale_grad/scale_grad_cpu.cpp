@@ -4,8 +4,19 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/check.h"
-#include "common/dispatch.h"
+#include "common/isa.h"
+
+#define KD_PER_ISA_FILE "scale_grad/scale_grad_rows.h"
+#include "common/for_each_isa.h"
 
 namespace kd {
 
@@ -14,17 +25,27 @@ namespace {
 constexpr const char* kOp = "scale_grad";
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
 
-template <typename scalar_t, typename acc_t>
-void scale_rows(scalar_t* grad, int64_t rows, int64_t columns, int64_t stride, acc_t scale) {
+// Rows by a function that scales `count` elements from a row's start.
+template <typename Scale>
+void scale_rows(const Tensor& grad, int64_t element_bytes, const Scale& scale) {
+  const int64_t rows = grad.size(0), columns = grad.size(1);
+  char* data = static_cast<char*>(grad.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      scalar_t* g = grad + row * stride;
-      for (int64_t i = 0; i < columns; ++i) {
-        g[i] = static_cast<scalar_t>(static_cast<acc_t>(g[i]) * scale);
-      }
+      scale(data + row * grad.stride(0) * element_bytes, columns);
     }
   });
+}
+
+using Scale = void (*)(char*, int64_t, float);
+
+Scale scale_function(ScalarType dtype) {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::kAvx512) return avx512::scale_function(dtype);
+  if (current_isa() == Isa::kAvx2) return avx2::scale_function(dtype);
+#endif
+  return baseline::scale_function(dtype);
 }
 
 void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
@@ -38,15 +59,15 @@ void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
                             ? *static_cast<const double*>(scale.const_data_ptr())
                             : *static_cast<const float*>(scale.const_data_ptr());
   if (factor == 1.0) return;
-  void* data = grad.mutable_data_ptr();
   if (grad.scalar_type() == ScalarType::Double) {
-    return scale_rows(static_cast<double*>(data), grad.size(0), grad.size(1), grad.stride(0),
-                      factor);
+    return scale_rows(grad, 8, [factor](char* row, int64_t count) {
+      double* g = reinterpret_cast<double*>(row);
+      for (int64_t i = 0; i < count; ++i) g[i] *= factor;
+    });
   }
-  dispatch_float(grad.scalar_type(), kOp, "grad", [&]<typename scalar_t>() {
-    scale_rows(static_cast<scalar_t*>(data), grad.size(0), grad.size(1), grad.stride(0),
-               static_cast<float>(factor));
-  });
+  const Scale scale_row = scale_function(grad.scalar_type());
+  scale_rows(grad, grad.scalar_type() == ScalarType::Float ? 4 : 2,
+             [&](char* row, int64_t count) { scale_row(row, count, static_cast<float>(factor)); });
 }
 
 }  // namespace

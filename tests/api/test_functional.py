@@ -327,7 +327,7 @@ S, T, Y = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64
         ((S, T, Y), {"num_items_in_batch": -1}, "num_items_in_batch must not be negative, got -1"),
         ((S, T, Y), {"num_items_in_batch": T}, r"must be one number, got shape \[3, 4\]"),
         ((S, T, Y), {"mask": torch.ones(2)}, r"mask must have the leading shape of student \[3\]"),
-        ((S, T, Y[:2]), {}, r"labels must have the leading shape of student \[3\], got \[2\]"),
+        ((S, T, Y[:2]), {}, r"labels must be \[3\], got shape \[2\]"),
         ((S, T, Y.float()), {}, "labels must be integers, got torch.float32"),
         ((S, T, Y + 4), {}, r"labels must be in \[0, 4\) or ignore_index -100, got 4 in row 0"),
         ((S, T, Y - 1), {}, r"labels must be in \[0, 4\) or ignore_index -100, got -1 in row 0"),

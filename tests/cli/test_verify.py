@@ -23,13 +23,13 @@ PLANTED = "planted_for_verify"
 
 
 @kd_loss_grad.launcher(PLANTED)
-def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Right but for a gradient that is one per mille too large."""
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
-        loss, parts, rows = kd_loss_reference(leaf, *args[:4], Spec(*args[4:]))
+        loss, parts, _ = kd_loss_reference(leaf, *args[:4], Spec.of(args[4]))
         (grad,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), parts, rows.detach(), grad * 1.001
+    return loss.detach(), parts, grad * 1.001
 
 
 @scale_grad_.launcher(PLANTED)

@@ -53,7 +53,9 @@ class Expected:
                 grad = grad.to(student.dtype)
             self.results.append((loss.detach(), rows.detach(), grad))
 
-    def check(self, loss: Tensor, rows: Tensor, grad: Tensor | None = None) -> None:
+    def check(
+        self, loss: Tensor, *, rows: Tensor | None = None, grad: Tensor | None = None
+    ) -> None:
         """Raises ``AssertionError`` unless all are within the budget."""
         for i, actual in enumerate((loss, rows, grad)):
             if actual is not None:

@@ -42,7 +42,14 @@ def kd_loss_reference(
     if row_weights is not None:
         # where, not a product: the weight of an ignored row may be NaN.
         weight = torch.where(valid, row_weights.to(dtype), 0.0)
-    rows = weight * (spec.ce_weight * ce + spec.kd_weight * divergence + spec.z_loss * lse_squared)
+    rows = z.masked_fill(torch.ones_like(live), 0.0).sum(1)  # zeros that belong to the graph
+    for factor, term in (
+        (spec.ce_weight, ce),
+        (spec.kd_weight, divergence),
+        (spec.z_loss, lse_squared),
+    ):
+        if factor != 0.0:  # an infinite term without a weight is no NaN
+            rows = rows + weight * factor * term
     count = valid.sum().to(dtype)
     if denominator is not None:
         divisor = denominator.to(dtype)
@@ -80,10 +87,12 @@ def _logits(
 
 
 def _pick(values: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """``values[row, label]``; NaN where the label of a valid row is out of range."""
+    """``values[row, label]``; NaN, also in the gradient, where the label of a valid row is out of
+    range.
+    """
     inside = (labels >= 0) & (labels < values.shape[1])
     picked = values.gather(1, torch.where(inside, labels, 0)[:, None])[:, 0]
-    return torch.where(inside | ~valid, picked, torch.nan)
+    return picked * torch.where(inside | ~valid, 1.0, torch.nan)
 
 
 def _cross_entropy(

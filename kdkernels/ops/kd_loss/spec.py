@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -47,6 +48,18 @@ class Spec(NamedTuple):
     classes: int = -1  # columns from here on are padding: no mass, zero gradient; -1: no padding
     mean: bool = True  # divide by the number of valid rows (unless a denominator is given)
     want_ce: bool = False  # report CE even where its weight is 0
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Spec:
+        """The spec from the operator's list, in which every number may have become a float."""
+        spec = cls(*numbers)  # type: ignore[arg-type]
+        return spec._replace(
+            divergence=int(spec.divergence),
+            ignore_index=int(spec.ignore_index),
+            classes=int(spec.classes),
+            mean=bool(spec.mean),
+            want_ce=bool(spec.want_ce),
+        )
 
     @property
     def needs_ce(self) -> bool:

@@ -306,7 +306,9 @@ def _valid_row(
         square = (max_s + log_1) * (max_s + log_1)
     if grad_row is not None:
         _gradient(row, grad_row, columns, label, factor, part, live, mean, s, F, BLOCK)
-    loss = s.ce_weight * ce + s.kd_weight * divergence + s.z_loss * square
+    # An infinite term without a weight is no NaN.
+    loss = tl.where(s.ce_weight != 0.0, s.ce_weight * ce, 0.0)
+    loss += tl.where(s.kd_weight != 0.0, s.kd_weight * divergence, 0.0) + s.z_loss * square
     return weight * loss, weight * ce, weight * divergence, weight * square
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdkernels import _native, _triton
 from kdkernels._op import Primitive
 
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 scale_grad_ = Primitive("scale_grad_", "(Tensor(a!) grad, Tensor scale) -> ()", fake=None)
 
 
@@ -27,7 +28,7 @@ def scale_grad(grad: Tensor, scale: Tensor, *, backend: str) -> Tensor:
         ``grad * scale`` in the dtype of ``grad``; ``grad`` itself, overwritten, unless the graph
         is kept for another backward pass (which would scale it twice).
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _graph_is_kept():
         return grad * scale
     scale_grad_(backend, grad, scale)
     return grad

@@ -54,8 +54,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// ---- the engine (emulation.cpp)
-// -------------------------------------------------------------------
+// ---- the engine (emulation.cpp) -------------------------------------------------------------
 
 namespace cuda_emulation {
 
@@ -90,8 +89,7 @@ inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
       cuda_emulation::Meeting::kShuffle, mask, std::bit_cast<uint32_t>(value), lane ^ lane_mask));
 }
 
-// ---- arithmetic
-// -----------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------
 
 // The rounded operations that a compiler must not contract into an fma.
 inline float __fmul_rn(float a, float b) {
@@ -110,8 +108,7 @@ inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
-// ---- the run-time library
-// ---------------------------------------------------------------------------
+// ---- the run-time library -------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 inline const char* cudaGetErrorString(cudaError_t status) {
