@@ -53,12 +53,14 @@ def choose(
     name = requested or _forced
     if name is None:
         for name in PREFERENCE.get(device, ("reference",)):
-            if unsupported(name, *tensors) is None:
+            if unsupported(name, *tensors, device=device) is None:
                 return name
-        reasons = "; ".join(f"{name}: {unsupported(name, *tensors)}" for name in BACKENDS)
+        reasons = "; ".join(
+            f"{name}: {unsupported(name, *tensors, device=device)}" for name in BACKENDS
+        )
         raise NotImplementedError(f"{op}: no backend runs this call: {reasons}")
     check_name(name)
-    reason = unsupported(name, *tensors)
+    reason = unsupported(name, *tensors, device=device)
     if reason is not None:
         raise NotImplementedError(f"{op}: backend {name!r} cannot run this call: {reason}")
     return name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _backend, _checks, _native, _triton
-from kdkernels._op import Primitive
+from kdkernels._op import Primitive, direct_apply
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
 from kdkernels.ops.kd_loss.spec import Divergence, Spec
 from kdkernels.ops.scale_grad.op import scale_grad
@@ -111,9 +111,9 @@ def kd_loss(
         if inplace and student.is_leaf:
             raise ValueError("kd_loss: student must not be a leaf tensor with inplace=True")
         if want_parts:
-            loss, parts = _KDLoss.apply(student, others, name, inplace, True)
+            loss, parts = _apply(student, others, name, inplace, True)
             return loss, parts
-        return _KDLoss.apply(student, others, name, inplace, False), None
+        return _apply(student, others, name, inplace, False), None
     loss, parts, _ = kd_loss_forward(name, student, *others)
     return loss, parts
 
@@ -177,6 +177,9 @@ class _KDLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _backward_once(ctx, grad_loss)
         return _backward(ctx, grad_loss)
+
+
+_apply = direct_apply(_KDLoss)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
