@@ -7,6 +7,10 @@
 
 namespace kd::KD_ISA {
 
+// Bytes by which memory is asked for before it is used. The hardware's own prefetch stops at the
+// end of each 4 KB page: 6.5 ms without this, 3.8 ms with it (512 x 32000 float32, 2 cores; 2
+// KB: 5.5 ms).
+constexpr int64_t kAhead = 8192;
 constexpr float kTiny = 1.17549435e-38f;
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -30,6 +34,13 @@ struct Sums {
   int64_t live = 0;
 };
 
+// Where memory that will be needed soon lies; past the last row it is only asked for, never read.
+struct Ahead {
+  const char* student;
+  const char* teacher;
+  int64_t student_step, teacher_step;  // bytes an element
+};
+
 template <Divergence D>
 constexpr bool kHasTeacher = Divergence::kForwardKl <= D && D <= Divergence::kTvd;
 template <Divergence D>
@@ -51,11 +62,13 @@ static inline float max_of_block(const float* x, int n) {
 // Pass 1 over one block; s and t are padded with -inf to whole vectors.
 template <Divergence D, Softmax M, bool kKeep>
 static void add_block(const float* s, const float* t, int n, Split at_t, Split at_1, Sums& sums,
-                      float* a, float* b, float* c) {
+                      float* a, float* b, float* c, Ahead ahead) {
   const Vec student_ref = splat(sums.student_ref);
   const Vec teacher_ref = splat(sums.teacher_ref);
   Vec student{}, student_ce{}, teacher{}, cross{};
   for (int i = 0; i < n; i += kLanes) {
+    __builtin_prefetch(ahead.student + i * ahead.student_step);
+    if constexpr (kHasTeacher<D>) __builtin_prefetch(ahead.teacher + i * ahead.teacher_step);
     const Vec ds = load(s + i) - student_ref;
     const Vec es = exp2_scaled(ds, at_t);
     student += es;
@@ -355,7 +368,11 @@ class Row {
       keep_.student_ref[block] = sums_.student_ref;
       keep_.teacher_ref[block] = sums_.teacher_ref;
       const int64_t at = block * kBlock;
-      add_block<D, M, kKeep>(s, t, n, at_t, at_1, sums_, keep_.a + at, keep_.b + at, keep_.c + at);
+      const int64_t student_step = bytes_of(call_.student_dtype);
+      const int64_t teacher_step = bytes_of(call_.teacher_dtype);
+      add_block<D, M, kKeep>(s, t, n, at_t, at_1, sums_, keep_.a + at, keep_.b + at, keep_.c + at,
+                             {student_ + at * student_step + kAhead,
+                              teacher_ + at * teacher_step + kAhead, student_step, teacher_step});
       if (smooth_) add_logits(s, n, sums_);
     }
     if (M == Softmax::kShared) sums_.student_ce = sums_.student;
