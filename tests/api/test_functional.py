@@ -195,6 +195,7 @@ def test_label_smoothing_conventions(classes: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # torch's own, meant here
 @pytest.mark.parametrize("reduction", ["mean", "element_mean"])
 @pytest.mark.parametrize("mode", ["softmax_of_prob", "target"])
 def test_tfkd_reg(mode: str, reduction: str, backend: str) -> None:
