@@ -118,11 +118,23 @@ def check(inputs: Inputs, backend: Backend, dtype: torch.dtype) -> None:
     assert_within_budget(actual[1][:3], expected[1][:3], reference[1][:3], accumulate)
     assert actual[1][3] == expected[1][3]
     assert actual[0].dtype == accumulate and actual[2].dtype == dtype
-    # With one or two classes the probabilities of a row may cancel to nothing.
-    unit = 1.0 / max(inputs.student.shape[0], 1) if inputs.student.shape[1] <= 2 else 0.0
+    # A gradient is a difference of probabilities: where they cancel, their rounding stays.
+    unit = probability_unit(oracle)
     assert_within_budget(actual[2], expected[2], reference[2], dtype, unit=unit)
-    if unit == 0.0 and torch.isfinite(expected[2]).all():
+    if unit > 0 and torch.isfinite(expected[2]).all() and expected[2].abs().max() >= unit / 4:
         assert_same_direction(actual[2], expected[2].to(dtype).double(), dtype)
+
+
+def probability_unit(inputs: Inputs) -> float:
+    """Size of the largest probability as it enters the gradient, before differences are taken."""
+    spec = inputs.spec
+    valid = inputs.labels != spec.ignore_index
+    student = inputs.student.detach()[valid]
+    if student.numel() == 0:
+        return 0.0
+    top = float((student / spec.temperature).softmax(1).nan_to_num().max())
+    weight = spec.ce_weight + spec.kd_weight / spec.temperature
+    return top * weight / (len(student) if spec.mean else 1)
 
 
 def widths(backend: Backend) -> tuple[int, ...]:
@@ -427,8 +439,12 @@ def test_promised_accuracy(backend: Backend) -> None:
             assert (actual[2].double() - expected[2]).norm() / expected[2].norm() <= 2e-7
 
 
+# derandomize: the same examples in every run, so that CI fails on a change, not on a draw.
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_any_shape_and_mask(backend: Backend, data: st.DataObject) -> None:
