@@ -48,16 +48,21 @@ class CMakeBuild(build_ext):
             "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "CMAKE_INSTALL_PREFIX": package.resolve(),
         }
-        if architectures := os.environ.get("KDKERNELS_CUDA_ARCHITECTURES"):
-            options["KDKERNELS_CUDA_ARCHITECTURES"] = architectures
         defines = [f"-D{name}={value}" for name, value in options.items()]
+        # Unset again, the default counts, not what CMake remembers.
+        architectures = os.environ.get("KDKERNELS_CUDA_ARCHITECTURES")
+        name = "KDKERNELS_CUDA_ARCHITECTURES"
+        defines += [f"-D{name}={architectures}"] if architectures else ["-U", name]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         for command in (
             ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines],
             ["cmake", "--build", str(build), "--parallel", jobs],
-            ["cmake", "--install", str(build)],
         ):
             subprocess.run(command, check=True)
+        # What an earlier build with other options left must not be loaded beside this one.
+        for stale in (*package.glob("_native_*.so"), *package.glob("_host*.so")):
+            stale.unlink()
+        subprocess.run(["cmake", "--install", str(build)], check=True)
 
     def get_outputs(self) -> list[str]:
         return []

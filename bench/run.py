@@ -167,7 +167,7 @@ def _default_device() -> str:
 def _backends(op: str, device: str, given: Sequence[str]) -> tuple[str, ...]:
     """What was asked for, or every backend that runs compiled here."""
     for name in given:
-        check_name(name)
+        check_name("bench", name)
     if given:
         return tuple(given)
     available = available_backends(op, device)

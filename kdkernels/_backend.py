@@ -21,10 +21,11 @@ _forced: str | None = None
 Unsupported = Callable[..., str | None]
 
 
-def check_name(backend: str) -> None:
+def check_name(caller: str, backend: str) -> None:
     """Raises ``ValueError`` unless ``backend`` is a known name."""
     if backend not in BACKENDS and backend not in _extra:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS + _extra)}, got {backend!r}")
+        known = ", ".join(BACKENDS + _extra)
+        raise ValueError(f"{caller}: backend must be one of {known}, got {backend!r}")
 
 
 def register_backend(name: str) -> None:
@@ -50,7 +51,7 @@ def choose(
         ValueError: unknown name.
         NotImplementedError: the requested backend cannot run the call. A request never falls back.
     """
-    name = requested or _forced
+    name = _forced if requested is None else requested
     if name is None:
         for name in PREFERENCE.get(device, ("reference",)):
             if unsupported(name, *tensors, device=device) is None:
@@ -59,7 +60,7 @@ def choose(
             f"{name}: {unsupported(name, *tensors, device=device)}" for name in BACKENDS
         )
         raise NotImplementedError(f"{op}: no backend runs this call: {reasons}")
-    check_name(name)
+    check_name(op, name)
     reason = unsupported(name, *tensors, device=device)
     if reason is not None:
         raise NotImplementedError(f"{op}: backend {name!r} cannot run this call: {reason}")
@@ -81,7 +82,7 @@ def use_backend(backend: str) -> Iterator[None]:
         1.6094
     """
     global _forced
-    check_name(backend)
+    check_name("use_backend", backend)
     before, _forced = _forced, backend
     try:
         yield

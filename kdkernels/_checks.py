@@ -4,16 +4,22 @@ got <fact>``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kdkernels._op import transforms_active
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def float_matrix(op: str, name: str, x: Tensor) -> None:
     """``x`` is a 2-D floating tensor."""
-    if x.dim() != 2:
+    if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"{op}: {name} must be [rows, classes], got shape {list(x.shape)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got {x.layout}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_dtype(x)}"
@@ -42,6 +48,31 @@ def row_vector(op: str, name: str, x: Tensor, rows: int, dtypes: tuple[torch.dty
     if x.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {wanted}, got {_dtype(x)}")
+
+
+def labels_in_range(op: str, labels: Tensor, columns: int, spec: Any) -> None:
+    """Raises for an out-of-range label where looking costs no synchronisation."""
+    if not spec.needs_labels or labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if transforms_active():
+        return
+    classes = spec.classes if spec.classes >= 0 else columns
+    wrong = (labels != spec.ignore_index) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        row = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"{op}: labels must be in [0, {classes}) or ignore_index {spec.ignore_index}, "
+            f"got {int(labels[row])} in row {row}"
+        )
+
+
+def as_contract(op: str, error: RuntimeError) -> Exception:
+    """A native check's error as ``ValueError``, without the place in the C++ source."""
+    message = str(error)
+    start = message.find(f"{op}: ")
+    if start < 0 or " must " not in message:
+        return error
+    return ValueError(message[start:].splitlines()[0].rstrip("'\""))
 
 
 def _dtype(x: Tensor) -> str:

@@ -12,8 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "kdkernels"
+# Bound once: looking a name up through three modules takes longer than the call.
+is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -66,21 +70,46 @@ class Primitive:
         return tuple(self._overloads)
 
     def __call__(self, backend: str, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._overloads[backend](*args)
         return self._calls[backend](*args)
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` without its Python layer, which serves ``torch.func`` and costs 1.2 us."""
+    """``function.apply`` without its Python layer, which serves ``torch.func`` and costs 1.2 us.
+
+    For ops that refuse ``torch.func`` transforms (see :func:`transforms_active`).
+    """
     direct = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
 
     def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling():
             return function.apply(*args)
         return direct(*args)
 
     return apply
+
+
+def transforms_active() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks at the call.
+
+    Operators without rules for them would drop their tangents in silence.
+    """
+    if is_compiling():
+        return False
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def refuse_create_graph(op: str) -> None:
+    """Raises in a backward pass that is itself recorded, where a gradient would be a constant.
+
+    ``torch.autograd.function.once_differentiable`` only raises where the *upstream* gradient
+    requires grad, which that of a plain loss does not: a gradient penalty would be dropped.
+    """
+    if torch.is_grad_enabled() and not is_compiling():
+        raise RuntimeError(
+            f"{op}: backend must be 'reference' for create_graph=True, got a compiled backend"
+        )
 
 
 def _returns_nothing(*args: Any) -> None:

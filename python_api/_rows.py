@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdkernels import _checks
+from kdkernels._op import transforms_active
+from kdkernels.api._spec import number
 from kdkernels.ops import kd_loss as op
 from kdkernels.ops.kd_loss import Spec
+
+_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class KDParts(NamedTuple):
@@ -42,8 +48,6 @@ def reduce_rows(
     return_parts: bool = False,
 ) -> Any:
     """Flattens leading dimensions, folds mask and shift into labels, reduces."""
-    if student.dim() == 0:
-        raise ValueError("kd_loss: student must be [..., classes], got a 0-dim tensor")
     leading = student.shape[:-1]
     # The op itself checks plain labels of plain rows.
     plain = len(leading) == 1 and (labels is None or labels.dtype is torch.int64)
@@ -100,33 +104,46 @@ def _fold(
                 f"got {list(x.shape)}"
             )
     if labels is not None and labels.dtype != torch.int64:
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        if labels.dtype not in _INTEGERS:
             raise TypeError(f"kd_loss: labels must be integers, got {labels.dtype}")
         labels = labels.long()
+    used = 0 if ignore_index != 0 else 1  # stands for a row that counts, where there are no labels
     if mask is not None:
+        _checks.same_device("kd_loss", "mask", mask, student.device)
         keep = mask if mask.dtype == torch.bool else mask != 0
-        labels = torch.where(keep, 0 if labels is None else labels, ignore_index)
+        labels = torch.where(keep, used if labels is None else labels, ignore_index)
     if shift:
-        if shift != 1 or len(leading) < 1:
-            raise ValueError(f"kd_loss: shift must be 0, or 1 for sequences, got {shift!r}")
+        if shift != 1:
+            raise ValueError(f"kd_loss: shift must be 0 or 1, got {shift!r}")
+        if len(leading) < 1:
+            raise ValueError(
+                "kd_loss: student must be [..., sequence, classes] with shift=1, got shape "
+                f"{list(student.shape)}"
+            )
+    if shift and leading[-1] > 0:
         if labels is None:
-            labels = student.new_zeros(leading, dtype=torch.int64)
+            labels = torch.full(leading, used, device=student.device)
         labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
         if row_weights is not None:
             row_weights = torch.nn.functional.pad(row_weights[..., 1:], (0, 1))
     if labels is not None and labels.dim() != 1:
         labels = labels.reshape(-1)
     if row_weights is not None:
-        _check_weights(row_weights)
         row_weights = row_weights.reshape(-1)
+        _check_weights(row_weights, labels, ignore_index)
     return labels, row_weights
 
 
-def _check_weights(row_weights: Tensor) -> None:
-    """Weights on the CPU can be looked at without a synchronisation."""
-    if row_weights.device.type != "cpu" or torch.compiler.is_compiling():
+def _check_weights(row_weights: Tensor, labels: Tensor | None, ignore_index: int) -> None:
+    """Weights on the CPU can be looked at without a synchronisation; those of rows that are left
+    out may be anything.
+    """
+    if row_weights.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
         return
-    if not torch.isfinite(row_weights).all():
+    bad = ~torch.isfinite(row_weights)
+    if labels is not None and labels.device == row_weights.device:
+        bad = bad & (labels != ignore_index)
+    if bad.any():
         raise ValueError("kd_loss: row_weights must be finite, got NaN or inf")
 
 
@@ -146,6 +163,5 @@ def _denominator(student: Tensor, count: int | Tensor) -> Tensor:
                 f"kd_loss: num_items_in_batch must be one number, got shape {list(count.shape)}"
             )
         return count.detach().reshape(()).to(student.device, torch.float32)
-    if count < 0:
-        raise ValueError(f"kd_loss: num_items_in_batch must not be negative, got {count}")
+    number("kd_loss", "num_items_in_batch", count, 0.0, math.inf)
     return torch.full((), count, device=student.device, dtype=torch.float32)

@@ -17,7 +17,7 @@ DIVERGENCES = {
 REDUCTIONS = ("mean", "batchmean", "sum", "none", "element_mean")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def kd_spec(
     temperature: float,
     alpha: float | None,
@@ -31,7 +31,7 @@ def kd_spec(
     z_loss: float,
     logit_scale: float | tuple[float, float],
     softcap: float | tuple[float | None, float | None] | None,
-    classes: int,
+    classes: int | None,
     ignore_index: int,
     reduction: str,
     has_teacher: bool,
@@ -48,8 +48,11 @@ def kd_spec(
     number(name, "beta", beta, 0.0, 1.0)
     number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
     number(name, "z_loss", z_loss, 0.0, math.inf)
-    if classes == 0 or classes < -1:
-        raise ValueError(f"kd_loss: vocab_size must be at least 1, got {classes}")
+    if classes is not None and (not _is_int(classes) or classes < 1):
+        raise ValueError(f"kd_loss: vocab_size must be an integer of at least 1, got {classes!r}")
+    # The kernels take it among floating-point numbers.
+    if not _is_int(ignore_index) or abs(ignore_index) > 2**53:
+        raise ValueError(f"kd_loss: ignore_index must be an integer, got {ignore_index!r}")
     ce, kd = _weights(alpha, ce_weight, kd_weight, has_teacher, has_labels)
     kind = DIVERGENCES[divergence]
     if kind == Divergence.JSD and beta in (0.0, 1.0):
@@ -57,7 +60,7 @@ def kd_spec(
         kind = Divergence.FORWARD_KL if beta == 0.0 else Divergence.REVERSE_KL
     if not has_teacher or (kd == 0.0 and not return_parts):
         kind = Divergence.NONE
-    real = classes if classes > 0 else columns
+    real = columns if classes is None else classes
     if label_smoothing and smoothing_convention == "tfkd":
         label_smoothing = label_smoothing * real / (real - 1) if real > 1 else 0.0
     t2 = float(temperature) ** 2 if scale_t2 else 1.0
@@ -82,7 +85,7 @@ def kd_spec(
         student_softcap=float(caps[0] or 0.0),
         teacher_softcap=float(caps[1] or 0.0),
         ignore_index=ignore_index,
-        classes=classes,
+        classes=-1 if classes is None else classes,
         mean=reduction in ("mean", "element_mean"),
         want_ce=return_parts and has_labels,
     )
@@ -144,6 +147,10 @@ def positive(name: str, argument: str, value: object) -> None:
     number(name, argument, value, -math.inf, math.inf)
     if value <= 0:  # type: ignore[operator]
         raise ValueError(f"{name}: {argument} must be positive, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def choice(name: str, argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -30,6 +30,8 @@ def available_backends(op: str, device: str = "cpu") -> tuple[str, ...]:
         True
     """
     module = _op(op)
+    if device == "cuda" and not torch.cuda.is_available():
+        return ()
     probe = torch.empty(0, 1, device="meta")
     return tuple(
         name for name in BACKENDS if module.unsupported(name, probe, device=device) is None
@@ -49,10 +51,13 @@ def explain(op: str, *tensors: Tensor) -> str:
         kd_loss on cpu
     """
     module = _op(op)
-    if not tensors:
-        raise ValueError("explain: tensors must hold at least the op's first tensor, got none")
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"explain: tensors must be the tensors of the call, got {tensors!r}")
     device = tensors[0].device.type
-    chosen = choose(op, device, None, module.unsupported, *tensors)
+    try:
+        chosen = choose(op, device, None, module.unsupported, *tensors)
+    except NotImplementedError as error:  # inside use_backend
+        chosen = str(error)
     lines = [f"{op} on {device}: {chosen}"]
     for name in BACKENDS:
         if name != chosen:

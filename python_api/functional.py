@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
 from kdkernels.ops.kd_loss import Divergence, Spec
@@ -126,8 +126,11 @@ def kd_loss(
         >>> student.grad[2].abs().sum().item()
         0.0
     """
+    columns = _columns("kd_loss", "student_logits", student_logits)
     # The cache is for eager loops; a compiled graph keeps the result anyway.
-    build = kd_spec.__wrapped__ if torch.compiler.is_compiling() else kd_spec
+    build = kd_spec.__wrapped__ if is_compiling() else kd_spec
+    if type(logit_scale) is list or type(softcap) is list:  # cannot be cached
+        raise TypeError("kd_loss: logit_scale and softcap must be numbers or tuples, got a list")
     spec, t2 = build(
         temperature,
         alpha,
@@ -141,13 +144,13 @@ def kd_loss(
         z_loss,
         logit_scale,
         softcap,
-        -1 if vocab_size is None else vocab_size,
+        vocab_size,
         ignore_index,
         reduction,
         teacher_logits is not None,
         labels is not None,
         return_parts,
-        student_logits.shape[-1] if label_smoothing or reduction == "element_mean" else 1,
+        columns if label_smoothing or reduction == "element_mean" else 1,
     )
     return reduce_rows(
         student_logits,
@@ -282,18 +285,21 @@ def tfkd_reg_loss(
     number(name, "alpha", alpha, 0.0, 1.0)
     positive(name, "temperature", temperature)
     number(name, "correct_prob", correct_prob, 0.0, 1.0)
+    positive(name, "correct_prob", correct_prob)
+    number(name, "multiplier", multiplier, -math.inf, math.inf)
     choice(name, "mode", mode, ("softmax_of_prob", "target"))
     choice(name, "reduction", reduction, REDUCTIONS)
-    classes = logits.shape[-1]
+    classes = _columns(name, "logits", logits)
     rest = (1.0 - correct_prob) / max(classes - 1, 1)
+    # How much less likely another class is than the label; in this form nothing overflows.
     if mode == "target":
-        on_label, other = correct_prob ** (1.0 / temperature), rest ** (1.0 / temperature)
+        ratio = (rest / correct_prob) ** (1.0 / temperature)
     else:
-        on_label, other = math.exp(correct_prob / temperature), math.exp(rest / temperature)
+        ratio = math.exp(min((rest - correct_prob) / temperature, 700.0))
     weight = alpha * multiplier * (temperature**2 if scale_t2 else 1.0)
     spec = Spec(
         divergence=Divergence.SPIKE,
-        beta=on_label / (on_label + (classes - 1) * other),
+        beta=1.0 / (1.0 + (classes - 1) * ratio),
         temperature=float(temperature) if mode == "target" else 1.0,
         ce_weight=1.0 - alpha,
         kd_weight=weight / classes if reduction == "element_mean" else weight,
@@ -423,10 +429,11 @@ def confidence_penalty_loss(
     """
     number("confidence_penalty_loss", "beta", beta, 0.0, math.inf)
     choice("confidence_penalty_loss", "reduction", reduction, REDUCTIONS)
+    classes = _columns("confidence_penalty_loss", "logits", logits)
     spec = Spec(
         divergence=Divergence.NEG_ENTROPY,
         ce_weight=1.0,
-        kd_weight=beta / logits.shape[-1] if reduction == "element_mean" else float(beta),
+        kd_weight=beta / classes if reduction == "element_mean" else float(beta),
         ignore_index=ignore_index,
         mean=reduction in ("mean", "element_mean"),
     )
@@ -443,3 +450,20 @@ def confidence_penalty_loss(
         row_weights=row_weights,
         backend=backend,
     )
+
+
+def _columns(name: str, argument: str, logits: Tensor) -> int:
+    try:
+        columns: int = logits.shape[-1]
+    except AttributeError:
+        raise TypeError(
+            f"{name}: {argument} must be a Tensor, got {type(logits).__name__}"
+        ) from None
+    except IndexError:
+        columns = 0
+    if columns == 0:
+        raise ValueError(
+            f"{name}: {argument} must be [..., classes] with at least one class, got shape "
+            f"{list(logits.shape)}"
+        )
+    return columns

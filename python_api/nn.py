@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,11 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        known = inspect.signature(type(self)._function).parameters
+        for name in options:
+            if name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+                wanted = ", ".join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY)
+                raise TypeError(f"{type(self).__name__}: {name} must be one of {wanted}")
         self.options = options
 
     def extra_repr(self) -> str:

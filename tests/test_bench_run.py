@@ -23,7 +23,7 @@ from kdkernels.bench.memory import peaks
 from kdkernels.bench.timing import input_sets, interleaved
 from kdkernels.bench.variants import preparer
 from kdkernels.ops.kd_loss import Spec
-from kdkernels.ops.kd_loss.op import kd_loss_grad
+from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
 from kdkernels.ops.scale_grad import scale_grad_
 
@@ -42,6 +42,11 @@ def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
         (grad,) = torch.autograd.grad(loss, leaf)
     grad[0, 0] += 1e-3
     return loss.detach(), parts, grad
+
+
+@kd_loss_forward.launcher(PLANTED)
+def _right_loss(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return kd_loss_reference(student.detach(), *args[:4], Spec.of(args[4]))
 
 
 @scale_grad_.launcher(PLANTED)

@@ -179,7 +179,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student,           // [rows, column
   const ScalarType dtype = student.scalar_type();
   const bool f64 = dtype == ScalarType::Double;
   const ScalarType acc = f64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(spec.classes <= columns, kOp, ": student must have at least ", spec.classes,
+  STD_TORCH_CHECK(1 <= spec.classes && spec.classes <= columns, kOp,
+                  ": student must have at least ", std::max<int64_t>(spec.classes, 1),
                   " classes, got ", columns);
   check_per_row(labels, rows, ScalarType::Long, kOp, "labels");
   check_per_row(row_weights, rows, acc, kOp, "row_weights");

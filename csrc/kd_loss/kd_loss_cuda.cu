@@ -336,7 +336,7 @@ const T* data_or_null(const MaybeTensor& tensor) {
 void check_inputs(const Inputs& in) {
   constexpr int64_t kMostColumns = int64_t{1} << 30;  // columns are counted in 32 bits
   const int64_t rows = in.student.size(0), columns = in.student.size(1);
-  STD_TORCH_CHECK(in.spec.classes <= columns && columns < kMostColumns, kOp,
+  STD_TORCH_CHECK(1 <= in.spec.classes && in.spec.classes <= columns && columns < kMostColumns, kOp,
                   ": student must have at least ", in.spec.classes, " and below ", kMostColumns,
                   " classes, got ", columns);
   check_per_row(in.labels, rows, ScalarType::Long, kOp, "labels");

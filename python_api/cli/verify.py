@@ -45,7 +45,7 @@ def verify(op: Op = None, device: Device = None, backend: Backend = None) -> Non
     from rich.table import Table
 
     for name in backend or ():
-        check_name(name)
+        check_name("verify", name)
     present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     devices = device or present
     for place in devices:

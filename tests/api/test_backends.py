@@ -12,7 +12,8 @@ S = torch.zeros(2, 4)
 
 def test_available_backends() -> None:
     assert "reference" in kdkernels.available_backends("kd_loss")
-    assert "reference" in kdkernels.available_backends("kd_loss", "cuda")
+    on_cuda = kdkernels.available_backends("kd_loss", "cuda")
+    assert ("reference" in on_cuda) == torch.cuda.is_available()
     with pytest.raises(ValueError, match="op must be one of kd_loss.*got 'softmax'"):
         kdkernels.available_backends("softmax")
 
@@ -21,6 +22,10 @@ def test_explain_names_the_choice_and_the_reasons() -> None:
     text = kdkernels.explain("kd_loss", S, S)
     assert text.splitlines()[0].startswith("kd_loss on cpu: ")
     assert len(text.splitlines()) == 3
+    with kdkernels.use_backend("triton"):
+        assert "cannot run this call" in kdkernels.explain("kd_loss", S.double(), S.double())
+    with pytest.raises(TypeError, match="explain: tensors must be the tensors of the call"):
+        kdkernels.explain("kd_loss", 3)
     wide = kdkernels.explain("kd_loss", S.double(), S.double())
     assert "not float64" in wide
 

@@ -322,10 +322,20 @@ S, T, Y = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64
         ((S, T, Y), {"smoothing_convention": "x"}, "smoothing_convention must be one of torch"),
         ((S, T, Y), {"softcap": 0.0}, "softcap must be positive, got 0.0"),
         ((S, T, Y), {"softcap": (1.0, 2.0, 3.0)}, "softcap must be a number or a .* pair"),
-        ((S, T, Y), {"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ((S, T, Y), {"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),
+        ((S, T, Y), {"vocab_size": 4.0}, "vocab_size must be an integer of at least 1, got 4.0"),
+        ((S, T, Y), {"ignore_index": None}, "ignore_index must be an integer, got None"),
+        ((S, T, Y), {"softcap": [1.0, 2.0]}, "must be numbers or tuples, got a list"),
+        (([1.0], T, Y), {}, "student_logits must be a Tensor, got list"),
+        ((torch.zeros(3, 0), None, Y), {}, r"at least one class, got shape \[3, 0\]"),
+        ((S[0], T[0], Y[0]), {"shift": 1}, "with shift=1, got shape"),
+        ((S, T, Y), {"num_items_in_batch": "3"}, "num_items_in_batch must be a number, got str"),
+        ((S, T, Y), {"mask": torch.ones(3, device="meta")}, "mask must be on cpu, got meta"),
+        ((S, T, Y.to(torch.complex64)), {}, "labels must be integers, got torch.complex64"),
+        ((S, T, Y), {"backend": ""}, "kd_loss: backend must be one of"),
         ((S, T, Y), {"vocab_size": 5}, "at least 5 classes, got 4"),
-        ((S, T, Y), {"shift": 2}, "shift must be 0, or 1 for sequences, got 2"),
-        ((S, T, Y), {"num_items_in_batch": -1}, "num_items_in_batch must not be negative, got -1"),
+        ((S, T, Y), {"shift": 2}, "shift must be 0 or 1, got 2"),
+        ((S, T, Y), {"num_items_in_batch": -1}, "num_items_in_batch must be in .*, got -1"),
         ((S, T, Y), {"num_items_in_batch": T}, r"must be one number, got shape \[3, 4\]"),
         ((S, T, Y), {"mask": torch.ones(2)}, r"mask must have the leading shape of student \[3\]"),
         ((S, T, Y[:2]), {}, r"labels must be \[3\], got shape \[2\]"),
@@ -340,7 +350,7 @@ S, T, Y = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64
         ((S, T, Y), {"reduction": "none", "return_parts": True}, "must not be 'none' with"),
         ((S, T, Y), {"backend": "cuda"}, "backend must be one of native, triton, reference"),
         ((S, torch.zeros(2, 4), Y), {}, r"teacher must have the shape of student \[3, 4\]"),
-        ((torch.zeros(()), None, Y), {}, "student must be"),
+        ((torch.zeros(()), None, Y), {}, "student_logits must be"),
         ((S.int(), T, Y), {}, "student must be float32, bfloat16, float16 or float64, got int32"),
     ],
 )
@@ -357,11 +367,46 @@ def test_refusals(args: tuple[Any, ...], options: dict[str, Any], message: str) 
         ({"alpha": 0.1, "temperature": 0.0}, "tfkd_reg_loss: temperature must be positive"),
         ({"alpha": 0.1, "temperature": 1.0, "mode": "x"}, "mode must be one of softmax_of_prob"),
         ({"alpha": 0.1, "temperature": 1.0, "correct_prob": 1.5}, "correct_prob must be in"),
+        ({"alpha": 0.1, "temperature": 1.0, "correct_prob": 0.0}, "correct_prob must be positive"),
+        ({"alpha": 0.1, "temperature": 1.0, "multiplier": math.nan}, "multiplier must be finite"),
     ],
 )
 def test_tfkd_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kdkernels.tfkd_reg_loss(S, Y, **options)
+
+
+def test_any_ignore_index_without_labels(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    s, t, _ = batch
+    mask = torch.ones(2, 5)
+    mask[0, 0] = 0
+    close(kd_loss(s, t, mask=mask, ignore_index=0), kd_loss(s, t, mask=mask))
+    close(kd_loss(s, t, shift=1, ignore_index=0), kd_loss(s, t, shift=1))
+
+
+def test_empty_sequences(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    s = torch.randn(2, 0, 7, requires_grad=True)
+    labels = torch.zeros(2, 0, dtype=torch.int64)
+    assert kd_loss(s, torch.randn(2, 0, 7), labels, shift=1) == 0
+
+
+def test_weight_of_a_row_left_out_may_be_anything(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    s, t, y = batch
+    weights = torch.ones(2, 5)
+    weights[0, 3] = torch.nan
+    close(kd_loss(s, t, y, row_weights=weights), kd_loss(s, t, y))
+
+
+def test_extreme_virtual_teachers_stay_finite() -> None:
+    for mode in ("softmax_of_prob", "target"):
+        for temperature in (1e-4, 1e4):
+            loss = kdkernels.tfkd_reg_loss(S, Y, alpha=0.5, temperature=temperature, mode=mode)
+            assert torch.isfinite(loss)
+
+
+def test_module_refuses_unknown_options() -> None:
+    with pytest.raises(TypeError, match="KDLoss: temprature must be one of temperature"):
+        kdkernels.KDLoss(temprature=2.0)
 
 
 def test_examples_in_docstrings_run() -> None:

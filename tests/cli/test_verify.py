@@ -15,7 +15,7 @@ from kdkernels import _backend, available_backends
 from kdkernels.api.cli import app
 from kdkernels.bench import cases
 from kdkernels.ops.kd_loss import Spec
-from kdkernels.ops.kd_loss.op import kd_loss_grad
+from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
 from kdkernels.ops.scale_grad import scale_grad_
 
@@ -30,6 +30,11 @@ def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
         loss, parts, _ = kd_loss_reference(leaf, *args[:4], Spec.of(args[4]))
         (grad,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), parts, grad * 1.001
+
+
+@kd_loss_forward.launcher(PLANTED)
+def _right_loss(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return kd_loss_reference(student.detach(), *args[:4], Spec.of(args[4]))
 
 
 @scale_grad_.launcher(PLANTED)

@@ -530,15 +530,95 @@ def test_autocast_and_checkpoint(backend: Backend) -> None:
 def test_labels_out_of_range(backend: Backend) -> None:
     inputs = make(3, 12, Spec(ce_weight=1.0), ignore=False).to(torch.float32, backend.device)
     inputs.labels[2] = 12
-    if backend.name == "native" and backend.device == "cpu":
+    if backend.name in ("native", "reference") and backend.device == "cpu":
         with pytest.raises(
-            RuntimeError, match=r"kd_loss: labels must be in \[0, 12\).*got 12 in row 2"
+            ValueError, match=r"kd_loss: labels must be in \[0, 12\).*got 12 in row 2"
         ):
             inputs.run(backend.name)
     else:
         loss, _, grad = inputs.run(backend.name)
         assert loss.isnan()
         assert grad[2].isnan().any() and torch.isfinite(grad[:2]).all()
+
+
+def test_inplace_refuses_what_it_would_destroy(backend: Backend) -> None:
+    if backend.name == "reference":
+        pytest.skip("the reference has no in-place form")
+    labels = torch.zeros(4, dtype=torch.int64, device=backend.device)
+    leaf = torch.randn(2, 14, device=backend.device, requires_grad=True)
+    overlapping = (torch.randn(1, 7, device=backend.device, requires_grad=True) * 2).expand(4, 7)
+    for student, message in ((leaf.view(4, 7), "nor a view of one"), (overlapping, "overlap")):
+        with pytest.raises(ValueError, match=message):
+            kd_loss(
+                student, None, labels, None, None, Spec(ce_weight=1.0), inplace=True,
+                backend=backend.name,
+            )  # fmt: skip
+
+
+def test_float16_gradient_meets_the_loss_scale_before_rounding(backend: Backend) -> None:
+    """As a GradScaler needs it: small elements must not become 0 first."""
+    rows = 8 if backend.interpreted else 512
+    spec = BASE._replace(divergence=int(D.FORWARD_KL))
+    inputs = make(rows, 200, spec, ignore=False).to(torch.float16, backend.device)
+    inputs.denominator = torch.tensor(2e6, device=backend.device)  # of a very large batch
+    scale = torch.tensor(65536.0, device=backend.device)
+
+    def scaled(given_: Inputs, name: str) -> Tensor:
+        loss, _ = kd_loss(
+            given_.student, given_.teacher, given_.labels, None, given_.denominator, spec,
+            backend=name,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, given_.student, scale.to(loss.dtype))[0]
+
+    oracle = scaled(inputs.to(torch.float64, backend.device), "reference")
+    actual = scaled(inputs, backend.name)
+    assert_same_direction(actual, oracle.half().double(), torch.float16)
+    assert ((actual == 0) & (oracle.half() != 0)).sum() == 0
+
+
+def test_double_backward_is_right_or_refused(backend: Backend) -> None:
+    inputs = make(3, 9, Spec(ce_weight=1.0), ignore=False).to(torch.float32, backend.device)
+    loss, _ = kd_loss(
+        inputs.student, None, inputs.labels, None, None, inputs.spec, backend=backend.name
+    )
+    if backend.name != "reference":
+        with pytest.raises(RuntimeError, match="backend must be 'reference' for create_graph"):
+            torch.autograd.grad(loss, inputs.student, create_graph=True)
+        return
+    (grad,) = torch.autograd.grad(loss, inputs.student, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), inputs.student)
+    assert second.abs().sum() > 0
+
+
+def test_func_transforms_use_the_reference(backend: Backend) -> None:
+    inputs = make(3, 9, Spec(ce_weight=1.0), ignore=False).to(torch.float32, backend.device)
+    student = inputs.student.detach()
+
+    def loss(x: Tensor, name: str | None) -> Tensor:
+        return kd_loss(x, None, inputs.labels, None, None, inputs.spec, backend=name)[0]
+
+    _, expected = torch.func.jvp(lambda x: loss(x, "reference"), (student,), (student,))
+    assert expected != 0
+    _, automatic = torch.func.jvp(lambda x: loss(x, None), (student,), (student,))
+    assert automatic == expected
+    if backend.name != "reference":
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation need the ref"):
+            torch.func.jvp(lambda x: loss(x, backend.name), (student,), (student,))
+
+
+def test_teacher_from_inference_mode(backend: Backend) -> None:
+    inputs = make(3, 9, BASE._replace(divergence=int(D.FORWARD_KL)), ignore=False).to(
+        torch.float32, backend.device
+    )
+    with torch.inference_mode():
+        teacher = inputs.teacher * 1.0
+    if backend.name == "reference":
+        pytest.skip("autograd itself refuses inference tensors")
+    rows = kd_loss_rows(
+        inputs.student, teacher, inputs.labels, None, inputs.spec, backend=backend.name
+    )
+    rows.sum().backward()
+    assert torch.isfinite(inputs.student.grad).all()
 
 
 def test_repeatable(backend: Backend) -> None:
@@ -556,6 +636,12 @@ def test_repeatable(backend: Backend) -> None:
     [
         ({"student": torch.zeros(3)}, r"student must be \[rows, classes\], got shape \[3\]"),
         ({"student": torch.zeros(3, 4).long()}, "student must be float32.*got int64"),
+        ({"student": torch.zeros(3, 0)}, r"student must be \[rows, classes\], got shape \[3, 0\]"),
+        ({"student": torch.zeros(3, 4).to_sparse()}, "student must be a strided tensor"),
+        (
+            {"teacher": torch.zeros(3, 4, dtype=torch.float64), "backend": "native"},
+            "float64 teacher only with a float64 student",
+        ),
         (
             {"teacher": torch.zeros(3, 5)},
             r"teacher must have the shape of student \[3, 4\], got \[3, 5\]",

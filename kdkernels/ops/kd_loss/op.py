@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kdkernels import _backend, _checks, _native, _triton
-from kdkernels._op import Primitive, direct_apply
+from kdkernels._op import Primitive, direct_apply, refuse_create_graph, transforms_active
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
-from kdkernels.ops.kd_loss.spec import Divergence, Spec
+from kdkernels.ops.kd_loss.spec import Spec
 from kdkernels.ops.scale_grad.op import scale_grad
 
 # What a kernel takes after the student: teacher, labels, row_weights, denominator, spec.
@@ -107,15 +107,19 @@ def kd_loss(
             raise NotImplementedError("kd_loss: inplace must be False for the reference backend")
         loss, parts, _ = kd_loss_reference(student, *others)
         return loss, parts
-    if student.requires_grad and torch.is_grad_enabled():
-        if inplace and student.is_leaf:
-            raise ValueError("kd_loss: student must not be a leaf tensor with inplace=True")
-        if want_parts:
-            loss, parts = _apply(student, others, name, inplace, True)
+    try:
+        if not student.requires_grad or not torch.is_grad_enabled():
+            loss, parts, _ = kd_loss_forward(name, student, *others)
             return loss, parts
-        return _apply(student, others, name, inplace, False), None
-    loss, parts, _ = kd_loss_forward(name, student, *others)
-    return loss, parts
+        if inplace:
+            _check_inplace(student)
+        elif student.dtype == torch.float16:
+            result = _KDLossLate.apply(student, others, name, want_parts)
+            return result if want_parts else (result, None)
+        result = _apply(student, others, name, inplace, want_parts)
+    except RuntimeError as error:
+        raise _checks.as_contract("kd_loss", error) from None
+    return result if want_parts else (result, None)
 
 
 def kd_loss_rows(
@@ -135,10 +139,14 @@ def kd_loss_rows(
     name, student, others = _prepare(student, teacher, labels, row_weights, None, spec, backend)
     if name == "reference":
         return kd_loss_reference(student, *others)[2]
-    if student.requires_grad and torch.is_grad_enabled():
-        rows: Tensor = _KDLossRows.apply(student, *others, name)
-        return rows
-    _, _, rows = kd_loss_forward(name, student, *others)
+    others = (*others[:4], spec._replace(mean=False))
+    try:
+        if student.requires_grad and torch.is_grad_enabled():
+            rows: Tensor = _KDLossRows.apply(student, others, name)
+        else:
+            _, _, rows = kd_loss_forward(name, student, *others)
+    except RuntimeError as error:
+        raise _checks.as_contract("kd_loss", error) from None
     return rows
 
 
@@ -165,60 +173,80 @@ class _KDLoss(torch.autograd.Function):
             loss, parts, grad = kd_loss_grad(backend, student, *others)
         ctx.save_for_backward(grad)
         ctx.backend = backend
-        if not want_parts:
-            return loss
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return loss, parts
+        return _outputs(ctx, loss, parts, want_parts)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        # once_differentiable refuses double backward but costs 2 us: only where it can matter.
-        if torch.is_grad_enabled():
-            return _backward_once(ctx, grad_loss)
-        return _backward(ctx, grad_loss)
+        if grad_loss is None:
+            return (None,) * 5
+        refuse_create_graph("kd_loss")
+        (grad,) = ctx.saved_tensors
+        return scale_grad(grad, grad_loss, backend=ctx.backend), *(None,) * 4
 
 
 _apply = direct_apply(_KDLoss)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 5
-    (grad,) = ctx.saved_tensors
-    return scale_grad(grad, grad_loss, backend=ctx.backend), *(None,) * 4
+class _KDLossLate(torch.autograd.Function):
+    """The gradient in the backward pass, for float16.
 
+    A gradient rounded to float16 before the loss scale of a GradScaler reaches it loses a quarter
+    of its elements (2048 x 4096 logits, measured).
+    """
 
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, others: Others, backend: str, want_parts: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        loss, parts, _ = kd_loss_forward(backend, student, *others)
+        _save(ctx, student, others, backend)
+        return _outputs(ctx, loss, parts, want_parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 4
+        return _late_gradient(ctx, grad_loss.expand(ctx.saved_tensors[0].shape[0])), *(None,) * 3
 
 
 class _KDLossRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor | None,
-        row_weights: Tensor | None,
-        denominator: None,
-        spec: Spec,
-        backend: str,
-    ) -> Tensor:
-        _, _, rows = kd_loss_forward(backend, student, teacher, labels, row_weights, None, spec)
-        ctx.save_for_backward(student, teacher, labels, row_weights)
-        ctx.spec, ctx.backend = spec, backend
+    def forward(ctx: Any, student: Tensor, others: Others, backend: str) -> Tensor:
+        _, _, rows = kd_loss_forward(backend, student, *others)
+        _save(ctx, student, others, backend)
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, row_weights = ctx.saved_tensors
-        weights = grad_rows if row_weights is None else grad_rows * row_weights
-        spec = ctx.spec._replace(mean=False)
-        *_, grad = kd_loss_grad(
-            ctx.backend, student, teacher, labels, weights.contiguous(), None, spec
-        )
-        return grad, *(None,) * 6
+        return _late_gradient(ctx, grad_rows), None, None
+
+
+def _outputs(
+    ctx: Any, loss: Tensor, parts: Tensor, want_parts: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not want_parts:
+        return loss
+    ctx.mark_non_differentiable(parts)
+    ctx.set_materialize_grads(False)
+    return loss, parts
+
+
+def _save(ctx: Any, student: Tensor, others: Others, backend: str) -> None:
+    ctx.save_for_backward(student)
+    # Not differentiated, and a teacher from torch.inference_mode() could not be saved.
+    ctx.others, ctx.backend = others, backend
+
+
+def _late_gradient(ctx: Any, grad_rows: Tensor) -> Tensor:
+    """The gradient for upstream gradients of the rows, which enter as row weights."""
+    refuse_create_graph("kd_loss")
+    (student,) = ctx.saved_tensors
+    teacher, labels, row_weights, denominator, spec = ctx.others
+    weights = grad_rows if row_weights is None else grad_rows * row_weights
+    *_, grad = kd_loss_grad(
+        ctx.backend, student, teacher, labels, weights.contiguous(), denominator, spec
+    )
+    return grad
 
 
 def unsupported(
@@ -229,7 +257,13 @@ def unsupported(
     ``device`` asks about another device type than that of the tensors.
     """
     device = device or student.device.type
+    if backend == "reference":
+        return None
+    if transforms_active():
+        return "torch.func and forward-mode differentiation need the reference"
     if backend == "native":
+        if teacher is not None and student.dtype != teacher.dtype == torch.float64:
+            return "the kernels take a float64 teacher only with a float64 student"
         if device == "cuda":
             if student.dtype == torch.float64:
                 return "the CUDA kernel takes float32, bfloat16 and float16, not float64"
@@ -259,13 +293,15 @@ def _prepare(
         _check(student, teacher, labels, row_weights, denominator, spec)
     if teacher is None and spec.needs_teacher:
         raise ValueError("kd_loss: teacher must be given for this divergence, got None")
-    if labels is None and (spec.needs_ce or spec.divergence == Divergence.SPIKE.value):
+    if labels is None and spec.needs_labels:
         raise ValueError("kd_loss: labels must be given for a loss on labels, got None")
     if spec.classes > student.shape[1]:
         raise ValueError(
             f"kd_loss: student must have at least {spec.classes} classes, got {student.shape[1]}"
         )
     name = _backend.choose("kd_loss", device.type, backend, unsupported, student, teacher)
+    if name == "reference" and labels is not None:
+        _checks.labels_in_range("kd_loss", labels, student.shape[1], spec)
     if usual:
         return name, student, (teacher, labels, None, None, spec)
     return name, *_kernel_inputs(student, teacher, labels, row_weights, denominator, spec)
@@ -286,6 +322,7 @@ def _usual(
     shape = student.shape
     return (
         len(shape) == 2
+        and shape[1] > 0
         and student.dtype in _checks.FLOAT_DTYPES
         and teacher is not None
         and teacher.shape == shape
@@ -345,6 +382,20 @@ def _check_teacher(student: Tensor, teacher: Tensor, spec: Spec) -> None:
     if teacher.shape[1] < spec.classes:
         raise ValueError(
             f"kd_loss: teacher must have at least {spec.classes} classes, got {teacher.shape[1]}"
+        )
+
+
+def _check_inplace(student: Tensor) -> None:
+    """The gradient may overwrite these logits."""
+    base = student if student._base is None else student._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError(
+            "kd_loss: student must not be a leaf tensor, nor a view of one, with inplace=True"
+        )
+    if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
+        raise ValueError(
+            "kd_loss: student must not overlap itself with inplace=True, got row stride "
+            f"{student.stride(0)} for {student.shape[1]} columns"
         )
 
 

@@ -77,6 +77,11 @@ class Spec(NamedTuple):
         return self.divergence != Divergence.NONE.value
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether the values of labels matter, beyond which rows they leave out."""
+        return self.needs_ce or self.divergence == Divergence.SPIKE.value
+
+    @property
     def needs_z(self) -> bool:
         """Whether the squared log-partition has to be computed."""
         return self.z_loss != 0.0

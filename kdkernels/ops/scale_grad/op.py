@@ -34,7 +34,9 @@ def scale_grad(grad: Tensor, scale: Tensor, *, backend: str) -> Tensor:
     return grad
 
 
-def unsupported(backend: str, grad: Tensor, *, device: str | None = None) -> str | None:
+def unsupported(
+    backend: str, grad: Tensor, scale: Tensor | None = None, *, device: str | None = None
+) -> str | None:
     """Why a backend cannot scale this gradient; ``None`` when it can."""
     device = device or grad.device.type
     if backend == "native":
