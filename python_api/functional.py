@@ -111,8 +111,11 @@ def kd_loss(
     Note:
         Arithmetic is float32 (float64 for float64 logits). Logits of ``-inf`` are masked classes.
         Without a valid row the loss and the gradient are 0. The gradient is computed in the
-        forward pass and kept (one tensor like the logits); with ``reduction="none"`` the logits
-        are kept and the gradient is computed in the backward pass. On CUDA an out-of-range label
+        forward pass and kept (one tensor like the logits). With ``reduction="none"``, and for
+        float16 logits, whose gradient must meet the factor of a GradScaler before it is rounded,
+        the logits are kept and the gradient is computed in the backward pass (``inplace=True``
+        rounds first). ``create_graph=True``, ``torch.func`` and forward-mode differentiation need
+        the reference backend. On CUDA an out-of-range label
         gives NaN for its row, because a check would synchronise.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
