@@ -17,7 +17,7 @@ DIVERGENCES = {
 REDUCTIONS = ("mean", "batchmean", "sum", "none", "element_mean")
 
 
-@lru_cache(maxsize=256, typed=True)
+@lru_cache(maxsize=256)
 def kd_spec(
     temperature: float,
     alpha: float | None,

@@ -17,6 +17,7 @@ from kdkernels.ops.kd_loss.reference import kd_loss_reference
 from kdkernels.ops.kd_loss.spec import Spec
 from kdkernels.ops.scale_grad.op import scale_grad
 
+_FLOAT16 = torch.float16
 # What a kernel takes after the student: teacher, labels, row_weights, denominator, spec.
 Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Spec]
 # The numbers of a Spec are one list: fifteen arguments cost 1.5 us more a call.
@@ -113,7 +114,7 @@ def kd_loss(
             return loss, parts
         if inplace:
             _check_inplace(student)
-        elif student.dtype == torch.float16:
+        elif student.dtype is _FLOAT16:
             result = _KDLossLate.apply(student, others, name, want_parts)
             return result if want_parts else (result, None)
         result = _apply(student, others, name, inplace, want_parts)
