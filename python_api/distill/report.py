@@ -163,7 +163,7 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
         f"{corpus.source}. Labels: {', '.join(corpus.label_names)}. {len(corpus.train):,} labelled "
         f"training texts, {transfer:,} transfer texts, {len(corpus.dev):,} dev texts, "
         f"{len(corpus.test):,} test texts. In this run the dev texts chose which seed's student is "
-        f"in `student/` (seed {found.best_seed}), nothing else; the test texts chose nothing in this run.",
+        f"in `student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
         "\n".join(f"- {line}" for line in _licences(config)),
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",
