@@ -66,34 +66,35 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
     __builtin_prefetch(ahead.student + i * ahead.student_step);
     if constexpr (kHasTeacher<D>) __builtin_prefetch(ahead.teacher + i * ahead.teacher_step);
     const Vec ds = load(s + i) - student_ref;
-    const Vec es = exp2_scaled(ds, at_t);
+    Mask student_live, teacher_live, live_at_1;
+    const Vec es = exp2_scaled(ds, at_t, &student_live);
     student += es;
     if constexpr (kKeep) store(a + i, es);
     if constexpr (M == Softmax::kSquare) student_ce = fma(es, es, student_ce);
     if constexpr (M == Softmax::kSeparate) {
-      const Vec e1 = exp2_scaled(ds, at_1);
+      const Vec e1 = exp2_scaled(ds, at_1, &live_at_1);
       student_ce += e1;
       if constexpr (kKeep) store(c + i, e1);
     }
     if constexpr (D == Divergence::kNegEntropy) {
-      cross = select(es > 0.0f, fma(es, ds, cross), cross);
+      cross = select(student_live, fma(es, ds, cross), cross);
       if constexpr (kKeep) store(b + i, ds);
     }
     if constexpr (kHasTeacher<D>) {
       const Vec dt = load(t + i) - teacher_ref;
-      const Vec et = exp2_scaled(dt, at_t);
+      const Vec et = exp2_scaled(dt, at_t, &teacher_live);
       teacher += et;
       if constexpr (D == Divergence::kReverseKl) {
         const Vec difference = ds - dt;
-        cross = select(es > 0.0f, fma(es, difference, cross), cross);
+        cross = select(student_live, fma(es, difference, cross), cross);
         if constexpr (kKeep) store(b + i, difference);
       } else {
         // A class without teacher mass adds nothing, also where a logit is -inf.
         if constexpr (D == Divergence::kForwardKl) {
-          cross = select(et > 0.0f, fma(et, dt - ds, cross), cross);
+          cross = select(teacher_live, fma(et, dt - ds, cross), cross);
         }
         if constexpr (D == Divergence::kSoftCe) {
-          cross = select(et > 0.0f, fma(et, -ds, cross), cross);
+          cross = select(teacher_live, fma(et, -ds, cross), cross);
         }
         if constexpr (kKeep) store(b + i, et);
       }
@@ -213,36 +214,36 @@ static inline float rescale(float block_ref, float final_ref, double inv_tempera
 template <Divergence D, Softmax M>
 static void slope_of_block(const float* a, const float* b, const float* c, int n, const Slope& k,
                            float to_student, float to_ce, float to_teacher, float* out) {
-  const Vec student = splat(k.student_inv * to_student);
-  const Vec ce_norm = splat(k.student_ce_inv * to_ce);
-  const Vec teacher = splat(k.teacher_inv * to_teacher);
+  // Where the difference of probabilities is the gradient, its factor goes into both normalisers:
+  // equal terms still cancel exactly.
+  constexpr bool kDifference = D == Divergence::kForwardKl || D == Divergence::kSoftCe;
+  const float outer = kDifference ? k.divergence : 1.0f;
+  const Vec student = splat(k.student_inv * to_student * outer);
+  const Vec teacher = splat(k.teacher_inv * to_teacher * outer);
+  const Vec ce = splat(k.student_ce_inv * to_ce * k.ce);
   const Vec uniform = splat(k.uniform), mean = splat(k.mean);
   for (int i = 0; i < n; i += kLanes) {
     const Vec es = load(a + i);
-    const Vec ps = D == Divergence::kJsd ? es : es * student;
-    Vec p1 = ps;
-    if constexpr (M == Softmax::kSquare) p1 = es * es * ce_norm;
-    if constexpr (M == Softmax::kSeparate) p1 = load(c + i) * ce_norm;
-    Vec part = ps;
-    if constexpr (D == Divergence::kForwardKl || D == Divergence::kSoftCe) {
-      part = ps - load(b + i) * teacher;
+    Vec g = -uniform;
+    if constexpr (D != Divergence::kNone) {
+      const Vec ps = D == Divergence::kJsd ? es : es * student;
+      Vec part = ps;
+      if constexpr (kDifference) part = ps - load(b + i) * teacher;
+      if constexpr (kStudentExpectation<D>) {
+        part = select(es > 0.0f, ps * (load(b + i) - mean), Vec{});
+      }
+      if constexpr (D == Divergence::kJsd) part = ps * (load(b + i) - mean);
+      if constexpr (D == Divergence::kTvd) {
+        const Vec difference = ps - load(b + i) * teacher;
+        const Vec sign =
+            select(difference > 0.0f, splat(1.0f), select(difference < 0.0f, splat(-1.0f), Vec{}));
+        part = ps * (sign - mean);
+      }
+      g += kDifference ? part : part * k.divergence;
     }
-    if constexpr (kStudentExpectation<D>) {
-      part = select(es > 0.0f, ps * (load(b + i) - mean), Vec{});
-    }
-    if constexpr (D == Divergence::kJsd) part = ps * (load(b + i) - mean);
-    if constexpr (D == Divergence::kTvd) {
-      const Vec difference = ps - load(b + i) * teacher;
-      const Vec sign =
-          select(difference > 0.0f, splat(1.0f), select(difference < 0.0f, splat(-1.0f), Vec{}));
-      part = ps * (sign - mean);
-    }
-    Vec g = part * k.divergence - uniform;
-    if constexpr (D != Divergence::kNone || M != Softmax::kShared) {
-      g = fma(p1, splat(k.ce), g);
-    } else {
-      g = ps * k.ce - uniform;
-    }
+    if constexpr (M == Softmax::kShared) g = fma(es, ce, g);
+    if constexpr (M == Softmax::kSquare) g = fma(es * es, ce, g);
+    if constexpr (M == Softmax::kSeparate) g = fma(load(c + i), ce, g);
     store(out + i, g);
   }
 }

@@ -184,7 +184,8 @@ class Row {
     return rescale(keep_.student_ref[block], sums_.student_ref, inv_t_);
   }
   float ce_factor(int64_t block) const {
-    // The middle pass of JSD has normalised the exponentials that are squared here.
+    // The middle pass of JSD has normalised the exponentials that are used here.
+    if (D == Divergence::kJsd && M == Softmax::kShared) return sums_.student;
     if (D == Divergence::kJsd && M == Softmax::kSquare) return sums_.student * sums_.student;
     return rescale(keep_.student_ref[block], sums_.student_ref, 1.0);
   }
