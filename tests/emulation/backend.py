@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,21 @@ from kdkernels.ops.scale_grad import op as scale_grad_op
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "emulation"
+TORCH = Path(torch.__file__).parent
 PRIMITIVES = (
     kd_loss_op.kd_loss_forward,
     kd_loss_op.kd_loss_grad,
     kd_loss_op.kd_loss_grad_,
     scale_grad_op.scale_grad_,
 )
+# Every load and store of the kernels becomes a call of memory.cpp; vectorised ones would not be
+# those of the source.
+CHECKED = (
+    "-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0",
+    "--param=asan-stack=0", "--param=asan-globals=0", "-fno-tree-vectorize",
+    "-fno-tree-slp-vectorize",
+)  # fmt: skip
 H200 = {"major": 9, "shared": 232448}
 
 _library: ctypes.CDLL | None = None
@@ -78,60 +88,67 @@ def device(
 
 
 def build(
-    sources: Path = ROOT / "csrc", folder: Path | None = None, flags: tuple[str, ...] = ()
+    sources: Path = ROOT / "csrc", folder: Path = BUILD, flags: tuple[str, ...] = CHECKED
 ) -> tuple[Path, str | None]:
-    """Compiles the sources; returns the library's path and the reason when there is none.
+    """Compiles the operators; returns the library's path and the reason when there is none.
 
     Args:
         sources: folder of the ``.cu`` files, for tests that compile changed ones.
         folder: where the library goes.
-        flags: further flags of the compiler, e.g. ``-fsanitize=undefined``.
+        flags: of the compiler, for the kernels.
     """
-    folder = folder or ROOT / "build" / "emulation"
-    path = folder / "emulated.so"
+    kernels = {
+        f"{source.stem}.o": (HERE / "operators.cpp", (*flags, f'-DKD_SOURCE="{source}"'))
+        for source in sorted(sources.rglob("*_cuda.cu"))
+    }
+    link = (
+        "-Wl,--wrap=torch_get_const_data_ptr,--wrap=torch_get_mutable_data_ptr",
+        f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu",
+    )  # fmt: skip
+    return _build(folder / "emulated.so", kernels, link, sources)
+
+
+def build_planted() -> tuple[Path, str | None]:
+    """Compiles the kernels of ``planted_bugs.cu``, which are no operators."""
+    source = {"planted_bugs.o": (HERE / "planted_bugs.cu", (*CHECKED, "-xc++"))}
+    return _build(BUILD / "planted.so", source, (), ROOT / "csrc")
+
+
+def _build(
+    path: Path, kernels: dict[str, tuple[Path, tuple[str, ...]]], link: tuple[str, ...], csrc: Path
+) -> tuple[Path, str | None]:
+    """Object name -> source and flags, with the engine, to a library; rebuilt when older."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         return path, "the CUDA emulation needs g++ (or CXX)"
-    headers = [
-        *HERE.rglob("*.h"),
-        *HERE.rglob("*.cuh"),
-        *sources.rglob("*.h"),
-        *sources.rglob("*.cuh"),
+    inputs = [
+        file
+        for folder in (HERE, csrc)
+        for suffix in ("*.h", "*.cuh", "*.cu", "*.cpp")
+        for file in folder.rglob(suffix)
     ]
-    kernels = sorted(sources.rglob("*_cuda.cu"))
-    inputs = [*headers, *kernels, HERE / "emulation.cpp", HERE / "operators.cpp"]
     if path.exists() and path.stat().st_mtime > max(file.stat().st_mtime for file in inputs):
         return path, None
-    folder.mkdir(parents=True, exist_ok=True)
-    torch_root = Path(torch.__file__).parent
+    path.parent.mkdir(parents=True, exist_ok=True)
     # As nvcc does, g++ may contract a * b + c here: what must not be is written so.
     command = [
         compiler, "-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-fPIC",
         "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w", "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags,
-        f"-I{HERE / 'include'}", f"-I{sources}", f"-isystem{torch_root / 'include'}",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-I{HERE / 'include'}", f"-I{csrc}", f"-isystem{TORCH / 'include'}",
     ]  # fmt: skip
+    engine = {f"{name}.o": (HERE / f"{name}.cpp", ()) for name in ("emulation", "memory")}
     objects = []
-    for source in (HERE / "emulation.cpp", *kernels):
-        objects.append(folder / f"{source.stem}.o")
-        if source.suffix == ".cu":
-            define, source = [f'-DKD_SOURCE="{source}"'], HERE / "operators.cpp"
-        else:
-            define = []
-        reason = _run([*command, *define, "-c", str(source), "-o", str(objects[-1])])
-        if reason is not None:
-            return path, reason
-    link = [
-        *flags,
-        "-shared",
-        *map(str, objects),
-        f"-L{torch_root / 'lib'}",
-        "-ltorch",
-        "-ltorch_cpu",
-    ]
-    # Under another name first: a test process may have the old library mapped.
-    fresh = path.with_suffix(".new")
-    reason = _run([compiler, *link, "-o", str(fresh)])
+    # A folder of its own: two libraries may be built at a time.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for name, (source, flags) in (engine | kernels).items():
+            objects.append(str(Path(folder) / name))
+            reason = _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
+            if reason is not None:
+                return path, reason
+        # Under another name first: a test process may have the old library mapped.
+        fresh = path.with_suffix(".new")
+        reason = _run([compiler, "-shared", *objects, *link, "-o", str(fresh)])
     if reason is None:
         fresh.replace(path)
     return path, reason

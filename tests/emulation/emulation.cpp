@@ -1,84 +1,26 @@
-// The engine behind include/cuda_runtime.h, where the execution model is described.
-#include <cuda_runtime.h>
-#include <setjmp.h>
+// The threads of the emulated GPU; the execution model is described in include/cuda_runtime.h.
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstdio>
 #include <cstring>
-#include <deque>
-#include <exception>
 #include <memory>
+#include <new>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 #include <tuple>
-#include <vector>
+
+#include "engine.h"
 
 namespace cuda_emulation {
 
-namespace {
-
-constexpr size_t kStackBytes = 256 * 1024;  // of a fiber; only touched pages cost memory
-constexpr int kWarpSize = 32;
-
-struct Device {
-  int major = 9;
-  int shared = 232448;
-  uint64_t seed = 0;
-} device;
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
-struct Fiber {
-  int block = 0, warp = 0, lane = 0;
-  unsigned block_index = 0;  // in the grid
-  size_t priority = 0;       // the lowest that is ready runs
-  bool entered = false, ended = false;
-  Meeting place = Meeting::kBlockBarrier;  // where it waits
-  bool waiting = false;
-  bool arrived = false;  // at the cluster barrier, without having waited for it
-  uint64_t arrival = 0;  // the phase of the cluster barrier in which it did
-  uint32_t value = 0;    // of a shuffle: given, then received
-  int source = 0;
-  std::deque<std::vector<Copy>> groups;  // closed groups of copies, oldest first
-  std::vector<Copy> open_group;
-  ucontext_t context{};
-  jmp_buf point;
-};
-
-struct Warp {
-  int arrived = 0;
-  Meeting place = Meeting::kShuffle;
-};
-
-struct Block {
-  std::vector<uint4> memory;
-  std::vector<Warp> warps;
-  bool started = false;
-  int alive = 0, arrived = 0;
-};
-
-// The blocks of one cluster, alive together.
-struct Cluster {
-  std::vector<Block> blocks;
-  std::vector<Fiber> fibers;  // by block, warp, lane
-  std::vector<Fiber*> by_priority;
-  std::vector<uint64_t> ready;  // a bit for each priority
-  int alive = 0, arrived = 0;   // at the cluster barrier
-  uint64_t phase = 0;           // of it
-  const std::function<void()>* body = nullptr;
-  std::exception_ptr error;
-  Fiber* running = nullptr;
-  ucontext_t scheduler{};
-  jmp_buf scheduler_point;
-};
-
+Device device;
 thread_local Cluster* cluster = nullptr;
+
+namespace {
 
 // Changes stacks. The jump saves the system call that swapcontext makes; AddressSanitizer knows
 // only the latter.
@@ -97,22 +39,72 @@ void leave(Fiber& fiber) {
 }
 #endif
 
+std::string text_of(dim3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
+}
+
+std::string text_of(Place line) {
+  const char* name = std::strrchr(line.file, '/');
+  return std::string(name == nullptr ? line.file : name + 1) + ":" + std::to_string(line.line);
+}
+
+// The kernel's name from the symbols of this library; its offset where binutils are missing.
+std::string name_of(const void* kernel) {
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0) return "a kernel";
+  const auto offset = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
+  char command[4096];
+  std::snprintf(command, sizeof command, "addr2line -f -e '%s' %#tx 2>/dev/null", info.dli_fname,
+                offset);
+  char line[4096] = "??";
+  if (FILE* out = popen(command, "r")) {
+    if (std::fgets(line, sizeof line, out) == nullptr) std::strcpy(line, "??");
+    pclose(out);
+  }
+  line[std::strcspn(line, "\n")] = 0;
+  if (line[0] == '?') return "the kernel at offset " + std::to_string(offset);
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(
+      abi::__cxa_demangle(line, nullptr, nullptr, &status), &std::free);
+  std::string text = status == 0 ? name.get() : line;
+  for (const char* noise : {"(anonymous namespace)::", "void ", "kd::"}) {
+    for (size_t at; (at = text.find(noise)) != std::string::npos;) {
+      text.erase(at, std::strlen(noise));
+    }
+  }
+  // Parameters, but not a parenthesis in a template argument.
+  int depth = 0;
+  for (size_t i = 0; i < text.size(); ++i) {
+    depth += (text[i] == '<') - (text[i] == '>');
+    if (text[i] == '(' && depth == 0) return text.substr(0, i);
+  }
+  return text;
+}
+
 void make_ready(Fiber& fiber) {
   fiber.waiting = false;
   cluster->ready[fiber.priority / 64] |= uint64_t{1} << fiber.priority % 64;
 }
 
-void wait_at(Fiber& fiber, Meeting place) {
-  fiber.waiting = true;
-  fiber.place = place;
-}
-
-void pass_block_barrier(int index) {
-  Block& block = cluster->blocks[index];
-  if (block.arrived == 0 || block.arrived < block.alive) return;
+// All threads of a block have to come, also those that have ended: a barrier that only some reach
+// is undefined on the GPU.
+void meet_block(Fiber& fiber) {
+  Block& block = cluster->blocks[fiber.block];
+  if (block.arrived == 0) {
+    block.line = fiber.line;
+    block.count = 0;
+  } else if (block.line != fiber.line) {
+    fail("a divergent barrier: this thread is at " + text_of(fiber.line) + ", others at " +
+         text_of(block.line));
+  }
+  block.count += fiber.value != 0;
+  if (++block.arrived < block.threads) return;
   block.arrived = 0;
   for (Fiber& f : cluster->fibers) {
-    if (f.block == index && f.waiting && f.place == Meeting::kBlockBarrier) make_ready(f);
+    if (f.block != fiber.block) continue;
+    f.value = block.count;
+    make_ready(f);
   }
 }
 
@@ -125,23 +117,54 @@ void pass_cluster_barrier() {
   }
 }
 
-void meet_warp(Fiber& fiber, Meeting kind, unsigned mask) {
-  if (mask != 0xffffffffu) throw std::runtime_error("a warp operation on some lanes only");
-  Warp& warp = cluster->blocks[fiber.block].warps[fiber.warp];
-  if (warp.arrived > 0 && warp.place != kind) {
-    throw std::runtime_error("lanes of one warp meet at different operations");
-  }
-  warp.place = kind;
-  wait_at(fiber, kind);
-  if (++warp.arrived < kWarpSize) return;
-  warp.arrived = 0;
+bool at_warp_operation(const Fiber& fiber) {
+  return fiber.waiting && (fiber.place == Meeting::kShuffle || fiber.place == Meeting::kVote ||
+                           fiber.place == Meeting::kWarpBarrier);
+}
+
+// Lets the lanes of a warp operation go on once all that it names are there or have ended.
+void pass_warp(Fiber& fiber) {
   Fiber* lanes = &fiber - fiber.lane;
-  uint32_t values[kWarpSize];
-  for (int i = 0; i < kWarpSize; ++i) values[i] = lanes[i].value;
+  const Fiber* end = cluster->fibers.data() + cluster->fibers.size();
+  unsigned there = 0, votes = 0;
   for (int i = 0; i < kWarpSize; ++i) {
-    lanes[i].value = values[lanes[i].source];
+    Fiber* lane = lanes + i;
+    if ((fiber.mask >> i & 1) == 0 || lane >= end || lane->warp != fiber.warp || lane->ended) {
+      continue;
+    }
+    if (!at_warp_operation(*lane)) return;
+    if (lane->place != fiber.place || lane->mask != fiber.mask) {
+      if ((lane->mask >> fiber.lane & 1) == 0) return;  // it can go on without this one, and come
+      fail("lanes of one warp meet at different operations: lane " + std::to_string(i) + " at " +
+           text_of(lane->line) + ", this one at " + text_of(fiber.line));
+    }
+    there |= 1u << i;
+    votes |= static_cast<unsigned>(lane->value != 0) << i;
+  }
+  uint32_t values[kWarpSize];
+  for (int i = 0; i < kWarpSize; ++i) {
+    if ((there >> i & 1) == 0) continue;
+    values[i] = votes;
+    if (fiber.place != Meeting::kShuffle) continue;
+    const int source = lanes[i].source;
+    if ((there >> source & 1) == 0) {
+      fail("a shuffle at " + text_of(fiber.line) + " reads from lane " + std::to_string(source) +
+           ", which takes no part in it");
+    }
+    values[i] = lanes[source].value;
+  }
+  for (int i = 0; i < kWarpSize; ++i) {
+    if ((there >> i & 1) == 0) continue;
+    lanes[i].value = values[i];
     make_ready(lanes[i]);
   }
+}
+
+void meet_warp(Fiber& fiber) {
+  if ((fiber.mask >> fiber.lane & 1) == 0) {
+    fail("a warp operation at " + text_of(fiber.line) + " whose mask leaves out the caller");
+  }
+  pass_warp(fiber);
 }
 
 void end_fiber(Fiber& fiber) {
@@ -149,22 +172,26 @@ void end_fiber(Fiber& fiber) {
   --cluster->blocks[fiber.block].alive;
   --cluster->alive;
   if (fiber.arrived && fiber.arrival == cluster->phase) --cluster->arrived;
-  pass_block_barrier(fiber.block);
   pass_cluster_barrier();
+  for (Fiber& f : cluster->fibers) {
+    const bool waits_for_it = f.block == fiber.block && f.warp == fiber.warp &&
+                              at_warp_operation(f) && (f.mask >> fiber.lane & 1) != 0;
+    if (waits_for_it) pass_warp(f);
+  }
 }
 
 void fiber_main() {
   Fiber& fiber = *cluster->running;
   try {
-    (*cluster->body)();
+    cluster->call(cluster->parameters);
     // The GPU would let such copies run on into memory that is another block's by then.
     if (!fiber.open_group.empty() || !fiber.groups.empty()) {
-      throw std::runtime_error("a thread ended without waiting for its asynchronous copies");
+      fail("a thread ended without waiting for its asynchronous copies");
     }
+    end_fiber(fiber);
   } catch (...) {
     cluster->error = std::current_exception();
   }
-  end_fiber(fiber);
   leave(fiber);
 }
 
@@ -180,17 +207,22 @@ char* stack(size_t index) {  // kept between launches
 }
 
 [[noreturn]] void report_deadlock() {
-  constexpr const char* kNames[] = {"__syncthreads", "", "the cluster barrier", "a shuffle",
-                                    "__syncwarp"};
-  int counts[std::size(kNames)] = {};
+  constexpr const char* kNames[] = {"__syncthreads", "",       "the cluster barrier",
+                                    "a shuffle",     "a vote", "__syncwarp"};
+  int counts[std::size(kNames)] = {}, ended = 0;
+  const Fiber* first = nullptr;
   for (const Fiber& f : cluster->fibers) {
-    if (!f.ended) ++counts[static_cast<int>(f.place)];
+    ended += f.ended;
+    if (f.ended) continue;
+    ++counts[static_cast<int>(f.place)];
+    if (first == nullptr) first = &f;
   }
-  std::string message = "deadlock:";
+  std::string message = place_of(*first) + ": deadlock at " + text_of(first->line) + ": ";
   for (size_t i = 0; i < std::size(kNames); ++i) {
-    if (counts[i] > 0) message += " " + std::to_string(counts[i]) + " threads wait at " + kNames[i];
+    if (counts[i] > 0)
+      message += std::to_string(counts[i]) + " threads wait at " + kNames[i] + ", ";
   }
-  throw std::runtime_error(message);
+  throw std::runtime_error(message + std::to_string(ended) + " have ended");
 }
 
 // Ranks the fibers as the seed says: in order of their numbers (0), at random (1), at random but
@@ -217,7 +249,7 @@ void set_priorities(std::mt19937_64& random, int policy) {
   }
 }
 
-void run_fibers() {
+void run_fibers(std::mt19937_64& random) {
   while (cluster->alive > 0) {
     size_t word = 0;
     while (word < cluster->ready.size() && cluster->ready[word] == 0) ++word;
@@ -225,42 +257,87 @@ void run_fibers() {
     const uint64_t bits = cluster->ready[word];
     cluster->ready[word] = bits & (bits - 1);
     Fiber& fiber = *cluster->by_priority[word * 64 + std::countr_zero(bits)];
-    cluster->running = &fiber;
+    advance_copies(random);
+    enter_static_shared(fiber.block);
     cluster->blocks[fiber.block].started = true;
-    threadIdx = dim3(static_cast<unsigned>(fiber.warp * kWarpSize + fiber.lane));
-    blockIdx = dim3(fiber.block_index);
+    threadIdx = fiber.thread_index;
+    blockIdx = fiber.block_index;
+    cluster->running = &fiber;
     enter(fiber);
+    cluster->running = nullptr;
     if (cluster->error) std::rethrow_exception(cluster->error);
+  }
+}
+
+// The block with number `index` in a cluster that begins at block `first` of the grid.
+void open_block(int index, unsigned first, size_t shared) {
+  Block& block = cluster->blocks[index];
+  block.threads = block.alive = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  open_shared(index, shared);
+  const unsigned number = first + index;
+  for (int thread = 0; thread < block.threads; ++thread) {
+    const size_t i = static_cast<size_t>(index) * block.threads + thread;
+    Fiber& f = cluster->fibers[i];
+    f.block = index;
+    f.warp = thread / kWarpSize;
+    f.lane = thread % kWarpSize;
+    f.thread_index = {thread % blockDim.x, thread / blockDim.x % blockDim.y,
+                      thread / blockDim.x / blockDim.y};
+    f.block_index = {number % gridDim.x, number / gridDim.x % gridDim.y,
+                     number / gridDim.x / gridDim.y};
+    getcontext(&f.context);
+    f.stack = stack(i);
+    f.context.uc_stack.ss_sp = stack(i);
+    f.context.uc_stack.ss_size = kStackBytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fiber_main, 0);
   }
 }
 
 }  // namespace
 
-uint32_t meet(Meeting kind, unsigned mask, uint32_t value, int source) {
+std::string place_of(const Fiber& fiber) {
+  return name_of(cluster->kernel) + ", block " + text_of(fiber.block_index) + ", thread " +
+         text_of(fiber.thread_index);
+}
+
+void fail(const std::string& what) {
+  throw std::runtime_error(place_of(*cluster->running) + ": " + what);
+}
+
+void fail_silently(const std::string& what) {
   Fiber& fiber = *cluster->running;
+  cluster->error = std::make_exception_ptr(std::runtime_error(place_of(fiber) + ": " + what));
+  for (;;) leave(fiber);
+}
+
+uint32_t meet(Meeting kind, Place line, unsigned mask, uint32_t value, int source) {
+  Fiber& fiber = *cluster->running;
+  fiber.line = line;
+  fiber.mask = mask;
   fiber.value = value;
   fiber.source = source;
+  fiber.place = kind;
+  fiber.waiting = kind != Meeting::kClusterArrive;
   switch (kind) {
     case Meeting::kShuffle:
+    case Meeting::kVote:
     case Meeting::kWarpBarrier:
-      meet_warp(fiber, kind, mask);
+      meet_warp(fiber);
       break;
     case Meeting::kBlockBarrier:
-      wait_at(fiber, kind);
-      ++cluster->blocks[fiber.block].arrived;
-      pass_block_barrier(fiber.block);
+      meet_block(fiber);
       break;
     case Meeting::kClusterArrive:
-      if (fiber.arrived) throw std::runtime_error("cluster_arrive without cluster_wait before it");
+      if (fiber.arrived) fail("cluster_arrive without cluster_wait before it");
       fiber.arrived = true;
       fiber.arrival = cluster->phase;
       ++cluster->arrived;
       pass_cluster_barrier();
       return 0;
     case Meeting::kClusterWait:
-      if (!fiber.arrived) throw std::runtime_error("cluster_wait without cluster_arrive before it");
+      if (!fiber.arrived) fail("cluster_wait without cluster_arrive before it");
       fiber.arrived = false;
-      wait_at(fiber, kind);
       if (fiber.arrival < cluster->phase) make_ready(fiber);
       break;
   }
@@ -268,80 +345,33 @@ uint32_t meet(Meeting kind, unsigned mask, uint32_t value, int source) {
   return fiber.value;
 }
 
-char* shared() {
-  return reinterpret_cast<char*>(cluster->blocks[cluster->running->block].memory.data());
-}
-
-char* shared_of(unsigned rank) {
-  if (rank >= cluster->blocks.size()) throw std::runtime_error("no such block in the cluster");
-  Block& block = cluster->blocks[rank];
-  if (!block.started) throw std::runtime_error("a store to a block that has not started");
-  if (block.alive == 0) throw std::runtime_error("a store to a block that has ended");
-  return reinterpret_cast<char*>(block.memory.data());
-}
-
-void check_aligned(const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    throw std::runtime_error("an access of " + std::to_string(bytes) + " bytes is not aligned");
-  }
-}
-
-void copy_later(void* to, const void* from, size_t bytes) {
-  check_aligned(to, bytes);
-  check_aligned(from, bytes);
-  cluster->running->open_group.push_back({to, from, bytes});
-}
-
-void close_copies() {
-  Fiber& fiber = *cluster->running;
-  fiber.groups.push_back(std::exchange(fiber.open_group, {}));
-}
-
-void finish_copies(int pending) {
-  auto& groups = cluster->running->groups;
-  while (groups.size() > static_cast<size_t>(pending)) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
-    groups.pop_front();
-  }
-}
-
-void run(dim3 grid, dim3 block, unsigned cluster_size, size_t shared,
-         const std::function<void()>& body) {
+void run(const void* kernel, dim3 grid, dim3 block, unsigned cluster_size, size_t shared,
+         void (*call)(const void*), const void* parameters) {
   blockDim = block;
   gridDim = grid;
   std::mt19937_64 random(device.seed);
-  std::vector<unsigned> order(grid.x / cluster_size);
+  std::vector<unsigned> order(grid.x * grid.y * grid.z / cluster_size);
   std::iota(order.begin(), order.end(), 0u);
   const int policy = static_cast<int>(device.seed % 4);
   if (policy > 0) std::shuffle(order.begin(), order.end(), random);
+  struct Current {  // none, whichever way the launch ends
+    explicit Current(Cluster* now) { cluster = now; }
+    ~Current() { cluster = nullptr; }
+  };
   for (const unsigned which : order) {
     Cluster now;
-    cluster = &now;
-    now.body = &body;
+    const Current current(&now);
+    now.kernel = kernel;
+    now.call = call;
+    now.parameters = parameters;
     now.blocks.resize(cluster_size);
-    now.fibers.resize(cluster_size * block.x);
+    now.fibers.resize(cluster_size * block.x * block.y * block.z);
     now.alive = static_cast<int>(now.fibers.size());
-    for (size_t i = 0; i < now.fibers.size(); ++i) {
-      Fiber& f = now.fibers[i];
-      f.block = static_cast<int>(i / block.x);
-      const int thread = static_cast<int>(i % block.x);
-      f.warp = thread / kWarpSize;
-      f.lane = thread % kWarpSize;
-      Block& b = now.blocks[f.block];
-      if (thread == 0) {
-        b.memory.assign(shared / sizeof(uint4) + 1, {~0u, ~0u, ~0u, ~0u});
-        b.warps.resize(block.x / kWarpSize);
-        b.alive = static_cast<int>(block.x);
-      }
-      f.block_index = which * cluster_size + f.block;
-      getcontext(&f.context);
-      f.context.uc_stack.ss_sp = stack(i);
-      f.context.uc_stack.ss_size = kStackBytes;
-      f.context.uc_link = nullptr;
-      makecontext(&f.context, fiber_main, 0);
+    for (unsigned i = 0; i < cluster_size; ++i) {
+      open_block(static_cast<int>(i), which * cluster_size, shared);
     }
     set_priorities(random, policy);
-    run_fibers();
+    run_fibers(random);
   }
 }
 

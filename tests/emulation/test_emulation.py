@@ -130,7 +130,7 @@ def test_mutant_is_found(name: str, tmp_path: Path) -> None:
         assert text.count(piece) == 1, f"{name}: not found once: {piece!r}"
         text = text.replace(piece, IN_PLACE_OF_IT.get(name, ";"))
     (sources / file).write_text(text)
-    library, reason = backend.build(sources, tmp_path / "build", ("-O1",))
+    library, reason = backend.build(sources, tmp_path / "build", (*backend.CHECKED, "-O1"))
     assert reason is None, reason
     done = subprocess.run(
         [sys.executable, find_mutant.__file__],

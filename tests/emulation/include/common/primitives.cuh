@@ -47,9 +47,13 @@ void copy_async_wait() {
   cuda_emulation::finish_copies(kPending);
 }
 
-inline void cluster_arrive() { cuda_emulation::meet(cuda_emulation::Meeting::kClusterArrive); }
-inline void cluster_arrive_relaxed() { cluster_arrive(); }
-inline void cluster_wait() { cuda_emulation::meet(cuda_emulation::Meeting::kClusterWait); }
+inline void cluster_arrive(KD_HERE) {
+  cuda_emulation::meet(cuda_emulation::Meeting::kClusterArrive, line);
+}
+inline void cluster_arrive_relaxed(KD_HERE) { cluster_arrive(line); }
+inline void cluster_wait(KD_HERE) {
+  cuda_emulation::meet(cuda_emulation::Meeting::kClusterWait, line);
+}
 inline void store_to_block(float4* to, uint32_t block, float4 value) {
   const ptrdiff_t offset = reinterpret_cast<char*>(to) - dynamic_shared();
   *reinterpret_cast<float4*>(cuda_emulation::shared_of(block) + offset) = value;
