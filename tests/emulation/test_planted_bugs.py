@@ -46,8 +46,8 @@ BUGS = {
 BY_CHANCE = {
     "read_before_the_copy": r"thread \(3, 0, 0\): a read of 4 bytes of shared memory that was "
     "never written: from byte 48",
-    "store_to_an_ended_block": r"block \(0, 0, 0\), thread \(0, 0, 0\): a store to a block that has "
-    "(not started|ended)",
+    "store_to_an_ended_block": r"block \(0, 0, 0\), thread \(0, 0, 0\): a store to a block that "
+    "has (not started|ended)",
 }
 SOUND = {
     "sum_in_static_shared": [float(sum(range(64)))] * 64 + [float(sum(range(64, 128)))] * 64,
