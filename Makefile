@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # make test leaves these to their own commands (see CONTRIBUTING).
 SKIP := not slow and not network and not packaging
 
-.PHONY: demo test test-slow bench lint types build wheel clean
+.PHONY: demo test test-slow test-sanitize compiled bench lint types build wheel clean
 
 demo: build
 	$(BIN)/kdkernels distill $(ARGS)
@@ -21,6 +21,12 @@ test: build
 
 test-slow: build
 	$(BIN)/python -m pytest -m "slow or network" $(ARGS)
+
+test-sanitize: build
+	$(BIN)/python tests/sanitize.py $(ARGS)
+
+compiled: build
+	$(BIN)/python bench/compiled.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m pytest bench/test_bench.py $(ARGS)

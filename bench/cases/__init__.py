@@ -29,6 +29,21 @@ class Consuming:
 
 
 @dataclass(frozen=True)
+class TritonCall:
+    """A call to compile, not to run: its tensors lie on the CPU and are never touched.
+
+    Attributes:
+        name: for people.
+        launch: calls a launcher.
+        wide: whether the rows are aligned and long enough to be moved 16 bytes at a time.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    wide: bool = True
+
+
+@dataclass(frozen=True)
 class Setting:
     """What every case can be asked for."""
 
@@ -43,6 +58,8 @@ class Case(Protocol):
 
     modes: tuple[str, ...]  # of forward, backward, full
     rivals: tuple[str, ...]
+    row_kernels: tuple[str, ...]  # names of the GPU kernels that walk over rows, 16 bytes at a time
+    unfused_kernels: tuple[str, ...]  # Triton kernels in which equal terms must cancel exactly
 
     def shapes(self, device: str) -> list[tuple[int, int]]:
         """The default shapes, ``(rows, columns)``."""
@@ -61,6 +78,9 @@ class Case(Protocol):
 
     def checks(self, device: str, backend: str) -> Iterator[tuple[str, list[Check]]]:
         """Checks against float64 over dtypes, options and edge cases, by name."""
+
+    def triton_calls(self) -> Iterator[TritonCall]:
+        """Calls of the Triton launchers over all dtypes and launch configurations."""
 
 
 def names() -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import kdkernels
+from kdkernels._op import Primitive
 from kdkernels.bench import rivals
 from kdkernels.bench.accuracy import Check, compare
-from kdkernels.bench.cases import Consuming, Inputs, Run, Setting
+from kdkernels.bench.cases import Consuming, Inputs, Run, Setting, TritonCall
 from kdkernels.ops.kd_loss import Divergence, Spec, kd_loss
+from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad, kd_loss_grad_
 
 # Vocabularies: 32000 Llama 2, 128256 Llama 3, 151936 Qwen 2.5; 2 and 3 are classification, where
 # the time is that of the host.
@@ -30,6 +33,8 @@ class KDLossCase:
 
     modes = ("forward", "backward", "full")
     rivals = ("eager", "compile", "liger", "trl")
+    row_kernels = ("kd_loss_rows", "kd_loss_kernel")
+    unfused_kernels = ("kd_loss_kernel",)
 
     def shapes(self, device: str) -> list[tuple[int, int]]:
         """Default shapes."""
@@ -92,6 +97,62 @@ class KDLossCase:
             for name, logits, spec in _edges(divergence):
                 checks = _check(logits, spec, torch.float32, device, backend)
                 yield f"{divergence.name.lower()} {name}", checks
+
+    def triton_calls(self) -> Iterator[TritonCall]:
+        """Every divergence and dtype, plain and with all options; every block of the ladder."""
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        plain = Spec(ce_weight=0.5, kd_weight=0.5, temperature=2.0)
+        kl = plain._replace(divergence=int(Divergence.FORWARD_KL))
+        full = plain._replace(
+            temperature=3.0,
+            label_smoothing=0.1,
+            z_loss=0.01,
+            student_softcap=30.0,
+            teacher_softcap=30.0,
+            classes=30000,
+        )
+        for divergence, dtype in itertools.product(Divergence, dtypes):
+            spec = plain._replace(divergence=int(divergence))
+            name = f"{divergence.name.lower()} {str(dtype).removeprefix('torch.')}"
+            yield TritonCall(name, partial(_launch, spec, dtype))
+            if dtype == torch.bfloat16:
+                spec = full._replace(divergence=int(divergence))
+                yield TritonCall(f"{name}, options", partial(_launch, spec, dtype, full=True))
+        for columns, dtype in itertools.product((1, 3, 32, 64, 128, 256, 512, 1024), dtypes):
+            name = f"{columns} columns {str(dtype).removeprefix('torch.')}"
+            yield TritonCall(name, partial(_launch, kl, dtype, columns=columns), columns >= 256)
+        half, single = torch.float16, torch.float32
+        odd = partial(_launch, kl, half, op=kd_loss_grad_, columns=50257)
+        yield TritonCall("in place, odd rows", odd, wide=False)
+        yield TritonCall("loss only", partial(_launch, kl, single, op=kd_loss_forward))
+        unlabelled = kl._replace(ce_weight=0.0)
+        yield TritonCall("no labels", partial(_launch, unlabelled, single, labels=False))
+        mixed = partial(_launch, kl, single, teacher_dtype=torch.bfloat16)
+        yield TritonCall("two dtypes", mixed)
+
+
+def _launch(
+    spec: Spec,
+    dtype: torch.dtype,
+    *,
+    op: Primitive = kd_loss_grad,
+    columns: int = 32000,
+    teacher_dtype: torch.dtype | None = None,
+    labels: bool = True,
+    full: bool = False,
+) -> None:
+    """Calls the Triton launcher on memory that nobody will touch."""
+    student = torch.empty(2, columns, dtype=dtype)
+    teacher = torch.empty(2, columns, dtype=teacher_dtype or dtype)
+    op(
+        "triton",
+        student,
+        teacher if spec.needs_teacher else None,
+        torch.zeros(2, dtype=torch.int64) if labels else None,
+        torch.ones(2) if full else None,
+        torch.ones(()) if full else None,
+        spec,
+    )
 
 
 def _logits(rows: int, columns: int) -> Logits:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdkernels.bench.accuracy import Check, compare
-from kdkernels.bench.cases import Inputs, Run, Setting
+from kdkernels.bench.cases import Inputs, Run, Setting, TritonCall
 from kdkernels.ops.scale_grad import scale_grad_
 
 SHAPES = {"cpu": [(512, 32000), (256, 128256)], "cuda": [(4096, 32000), (4096, 128256)]}
@@ -20,6 +21,8 @@ class ScaleGradCase:
 
     modes = ("forward",)
     rivals = ("eager",)
+    row_kernels = ("scale_rows", "scale_grad_kernel")
+    unfused_kernels: tuple[str, ...] = ()
 
     def shapes(self, device: str) -> list[tuple[int, int]]:
         """Default shapes."""
@@ -57,6 +60,17 @@ class ScaleGradCase:
                 yield name, [_check(grad, factor, backend)]
         wide = torch.randn(4, 700, device=device)
         yield "rows with a stride", [_check(wide[:, :600], 3.0, backend)]
+
+    def triton_calls(self) -> Iterator[TritonCall]:
+        """dtypes, aligned and odd rows."""
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        for dtype, columns in itertools.product(dtypes, (32000, 50257)):
+            name = f"{columns} columns {str(dtype).removeprefix('torch.')}"
+            yield TritonCall(name, partial(_scale_nothing, dtype, columns), wide=columns % 8 == 0)
+
+
+def _scale_nothing(dtype: torch.dtype, columns: int) -> None:
+    scale_grad_("triton", torch.empty(3, columns, dtype=dtype), torch.ones(()))
 
 
 def _check(grad: Tensor, factor: float, backend: str) -> Check:

@@ -88,7 +88,11 @@ def device(
 
 
 def build(
-    sources: Path = ROOT / "csrc", folder: Path = BUILD, flags: tuple[str, ...] = CHECKED
+    sources: Path = ROOT / "csrc",
+    folder: Path = BUILD,
+    flags: tuple[str, ...] = CHECKED,
+    *,
+    everywhere: bool = False,
 ) -> tuple[Path, str | None]:
     """Compiles the operators; returns the library's path and the reason when there is none.
 
@@ -96,6 +100,7 @@ def build(
         sources: folder of the ``.cu`` files, for tests that compile changed ones.
         folder: where the library goes.
         flags: of the compiler, for the kernels.
+        everywhere: use them for the engine and the linker too.
     """
     kernels = {
         f"{source.stem}.o": (HERE / "operators.cpp", (*flags, f'-DKD_SOURCE="{source}"'))
@@ -105,7 +110,8 @@ def build(
         "-Wl,--wrap=torch_get_const_data_ptr,--wrap=torch_get_mutable_data_ptr",
         f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu",
     )  # fmt: skip
-    return _build(folder / "emulated.so", kernels, link, sources)
+    common = flags if everywhere else ()
+    return _build(folder / "emulated.so", kernels, (*common, *link), sources, common)
 
 
 def build_planted() -> tuple[Path, str | None]:
@@ -115,7 +121,11 @@ def build_planted() -> tuple[Path, str | None]:
 
 
 def _build(
-    path: Path, kernels: dict[str, tuple[Path, tuple[str, ...]]], link: tuple[str, ...], csrc: Path
+    path: Path,
+    kernels: dict[str, tuple[Path, tuple[str, ...]]],
+    link: tuple[str, ...],
+    csrc: Path,
+    engine_flags: tuple[str, ...] = (),
 ) -> tuple[Path, str | None]:
     """Object name -> source and flags, with the engine, to a library; rebuilt when older."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
@@ -137,7 +147,7 @@ def _build(
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         f"-I{HERE / 'include'}", f"-I{csrc}", f"-isystem{TORCH / 'include'}",
     ]  # fmt: skip
-    engine = {f"{name}.o": (HERE / f"{name}.cpp", ()) for name in ("emulation", "memory")}
+    engine = {f"{name}.o": (HERE / f"{name}.cpp", engine_flags) for name in ("emulation", "memory")}
     objects = []
     # A folder of its own: two libraries may be built at a time.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -90,7 +90,7 @@ def scalars_of(spec: Spec) -> Scalars:
 def block_of(columns: int) -> tuple[int, int]:
     """Columns a block and warps a program: 8 columns a thread, which is 16 bytes of bf16."""
     block = min(max(16, 1 << (columns - 1).bit_length()), 2048)
-    return block, max(1, block // 128)
+    return block, max(1, block // 256)
 
 
 # Rows a step of the two one-program kernels that go over all rows.

@@ -1,0 +1,74 @@
+"""The op tests over CPU kernels and emulated CUDA kernels under AddressSanitizer and UBSan.
+
+``make test-sanitize``. Both libraries are built anew, under ``build/sanitize``; the first report
+ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+FOLDER = ROOT / "build" / "sanitize"
+SANITIZERS = "address,undefined"
+# The other backends have nothing that could be instrumented, torch.compile takes minutes under the
+# sanitizers, and one dtype goes through all layouts of the launch plan.
+CHOSEN = "(native or emulat) and not compile and not (test_layouts and (float32 or bfloat16))"
+TESTS = ("tests/ops", "tests/emulation/test_emulation.py", "-k", CHOSEN)
+
+
+def build_cpu() -> None:
+    """``_native_cpu.so`` with the sanitizers."""
+    import torch
+
+    defines = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "KDKERNELS_CUDA": "off",
+        "KDKERNELS_SANITIZE": SANITIZERS,
+        "TORCH_ROOT": Path(torch.__file__).parent,
+    }
+    options = [f"-D{name}={value}" for name, value in defines.items()]
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja", *options],
+        ["cmake", "--build", str(FOLDER), "--target", "_native_cpu"],
+    ):
+        subprocess.run(command, check=True)
+
+
+def build_emulated() -> Path:
+    """The emulated kernels with the sanitizers; their flags take the place of our own checks."""
+    from emulation import backend
+
+    flags = (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g1")
+    path, reason = backend.build(folder=FOLDER, flags=flags, everywhere=True)
+    if reason is not None:
+        sys.exit(reason)
+    return path
+
+
+def run_tests(emulated: Path, arguments: list[str]) -> int:
+    """Runs pytest with the sanitizers' run-time library in front of all others."""
+
+    def library(name: str) -> str:
+        command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    environment = os.environ | {
+        "KDKERNELS_LIBRARIES": str(FOLDER),
+        "KDKERNELS_EMULATED": str(emulated),
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
+        # Python and torch keep memory until the process ends; fibers switch stacks.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", *(arguments or TESTS)]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    build_cpu()
+    sys.exit(run_tests(build_emulated(), sys.argv[1:]))
