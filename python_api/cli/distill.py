@@ -52,7 +52,7 @@ TeacherEpochs = Annotated[
     typer.Option(help="Epochs of fine-tuning the teacher; 0 uses it as it is [default: 3]."),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate of the students [default: 2e-4].")
+    float | None, typer.Option(help="Peak learning rate of the students [default: 4e-4].")
 ]
 TeacherLearningRate = Annotated[
     float | None, typer.Option(help="Peak learning rate of the teacher [default: 1e-4].")

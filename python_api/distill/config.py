@@ -65,7 +65,9 @@ class DistillConfig:
     epochs: int = 2
     label_epochs: int = 3
     teacher_epochs: int = 3
-    lr: float = 2e-4  # better on the demo's dev texts than 1e-4, for distilled students, one seed
+    # Demo, dev accuracy, mean over the three arms and three seeds, at 1e-4, 2e-4, 4e-4 and 8e-4:
+    # 76.5, 77.1, 77.2, 76.4 %.
+    lr: float = 4e-4
     teacher_lr: float = 1e-4
     batch_size: int = 32
     max_length: int = 128
