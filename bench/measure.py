@@ -48,6 +48,8 @@ def measure(plan: Plan, setting: Setting, shape: tuple[int, int]) -> Measured:
     variants, missing = build(case, setting, plan.backends, plan.against)
     checks: dict[str, list[Check]] = {}
     for name, variant in list(variants.items()):
+        if name in case.unchecked:
+            continue
         try:
             checks[name] = check(case, setting, shape, variant)
         except (RuntimeError, ImportError) as error:
@@ -64,7 +66,9 @@ def measure(plan: Plan, setting: Setting, shape: tuple[int, int]) -> Measured:
             del variants[name]
     rows = []
     if any(name in variants for name in plan.backends):
-        errors = {name: checks[name][-1].error for name in variants}
+        errors = {
+            name: max(one.error for one in found[1:] or found) for name, found in checks.items()
+        }
         for mode in plan.modes:
             rows += _mode(plan, setting, shape, mode, variants, errors)
     return Measured(rows, refused, missing)
@@ -77,21 +81,24 @@ def check(
     inputs = case.inputs(setting, (min(shape[0], CHECKED_ROWS), shape[1]))
     reference = case.ours(setting, "reference")
     wide = tuple(x.detach().double() if x.is_floating_point() else x for x in inputs)
-    wide[0].requires_grad_(inputs[0].requires_grad)
+    for x, source in zip(wide, inputs, strict=True):
+        x.requires_grad_(source.requires_grad)
     results = _results(variant, inputs), _results(reference, wide), _results(reference, inputs)
+    names = ["result", *["gradient"] * (len(results[0]) - 1)]
     return [
         compare(name, actual, oracle, expected, expected.dtype)
-        for name, actual, oracle, expected in zip(("result", "gradient"), *results, strict=False)
+        for name, actual, oracle, expected in zip(names, *results, strict=True)
     ]
 
 
 def _results(variant: Run | Consuming, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     run = variant.run if isinstance(variant, Consuming) else variant
-    first = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
-    result = run(first, *inputs[1:])
-    if not first.requires_grad:
+    fresh = [inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad), *inputs[1:]]
+    result = run(*fresh)
+    leaves = [x for x in fresh if x.requires_grad]
+    if not leaves:
         return (result,)
-    return result.detach(), *torch.autograd.grad(result, first)
+    return result.detach(), *torch.autograd.grad(result, leaves)
 
 
 def _mode(
@@ -138,7 +145,7 @@ def _mode(
             ours=name in ours,
             ratio=_ratios(times, name, variants, ours),
             peak_mb_above_inputs=memory[name] / 2**20 if name in memory else None,
-            gradient_error=errors[name],
+            gradient_error=errors.get(name),
             **_figures(times[name], times.get(COPY), copied, case.traffic(mode) * size),
         )
         for name in variants

@@ -68,7 +68,7 @@ def _measure(
         prepare(1 if name == "compile" else 0)()
         call = prepare(1)
         gc.collect()
-        found[name] = _peak_cuda(call) if setting.device == "cuda" else _peak_resident(call)
+        found[name] = _peak_cuda(call) if setting.device == "cuda" else resident_peak(call)
     return found
 
 
@@ -81,7 +81,8 @@ def _peak_cuda(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_resident(call: Callable[[], object]) -> int:
+def resident_peak(call: Callable[[], object]) -> int:
+    """Bytes by which a call raises the peak of this process over what it holds now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = _status("VmRSS")
     call()

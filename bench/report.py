@@ -41,7 +41,7 @@ class Row:
     fraction_of_floor: float | None
     ratio: dict[str, float]  # time of each rival over ours
     peak_mb_above_inputs: float | None
-    gradient_error: float  # largest, over the largest gradient, against float64
+    gradient_error: float | None  # largest, over the largest gradient, against float64
     launch_bound: bool  # so small that the time is that of the host
 
 
@@ -125,8 +125,12 @@ def _cells(row: Row, rivals: Sequence[str]) -> list[str]:
         cells.append("" if row.gb_per_s is None else f"{row.gb_per_s:.1f}")
         cells.append("" if row.fraction_of_floor is None else f"{row.fraction_of_floor:.0%}")
         cells.append("" if peak is None else f"{peak:.0f}")
-    cells += [f"{row.ratio[name]:.1f}" if name in row.ratio else "" for name in rivals]
-    return [*cells, f"{row.gradient_error:.1e}"]
+    cells += [_ratio(row.ratio[name]) if name in row.ratio else "" for name in rivals]
+    return [*cells, "" if row.gradient_error is None else f"{row.gradient_error:.1e}"]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value >= 3 else f"{value:.2f}"
 
 
 def number(value: float) -> str:

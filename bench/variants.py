@@ -35,11 +35,12 @@ def preparer(variant: Run | Consuming, sets: Sequence[Inputs], mode: str) -> Pre
         first, *others = sets[index]
         if isinstance(variant, Consuming):
             first = first.detach().clone().requires_grad_(first.requires_grad)
+        leaves = [x for x in (first, *others) if x.requires_grad]
         if mode == "backward":
             loss = run(first, *others)
-            return lambda: torch.autograd.grad(loss, first)
+            return lambda: torch.autograd.grad(loss, leaves)
         if mode == "full":
-            return lambda: torch.autograd.grad(run(first, *others), first)
+            return lambda: torch.autograd.grad(run(first, *others), leaves)
         return lambda: _without_gradient(run, (first, *others))
 
     return prepare

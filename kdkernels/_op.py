@@ -29,21 +29,27 @@ class Primitive:
         schema: arguments and returns, e.g. ``"(Tensor x, float a) -> Tensor"``.
         fake: shape function; mirrors what every backend allocates. ``None`` for an operator that
             only writes its arguments.
+        compiled: whether a compiled library attaches the native kernels; otherwise
+            :meth:`launcher` does.
     """
 
-    def __init__(self, name: str, schema: str, *, fake: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, name: str, schema: str, *, fake: Callable[..., Any] | None, compiled: bool = True
+    ) -> None:
         self.name = name
         self._schema = schema
         self._fake = fake if fake is not None else _returns_nothing
         self._calls: dict[str, Callable[..., Any]] = {}
         self._overloads: dict[str, Any] = {}
-        self.define("native")
+        if compiled:
+            self.define("native")
 
     def define(self, backend: str) -> None:
         """Declares the overload of a backend whose kernels a compiled library attaches."""
-        overload = "" if backend == "native" else f".{backend}"
-        _library.define(f"{self.name}{overload}{self._schema}")
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}{overload}", self._fake, lib=_library)
+        qualified = self._qualified(backend)
+        overload = qualified.removeprefix(self.name)
+        _library.define(f"{qualified}{self._schema}")
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._fake, lib=_library)
         packet = getattr(torch.ops.kdkernels, self.name)
         self._overloads[backend] = getattr(packet, overload[1:] or "default")
         # What the overload itself calls; its Python layer costs 0.2 us.
@@ -54,11 +60,14 @@ class Primitive:
 
         def attach(function: Callable[..., Any]) -> Callable[..., Any]:
             self.define(backend)
-            _library.impl(f"{self.name}.{backend}", function, "CompositeExplicitAutograd")
+            _library.impl(self._qualified(backend), function, "CompositeExplicitAutograd")
             self._calls[backend] = function
             return function
 
         return attach
+
+    def _qualified(self, backend: str) -> str:
+        return self.name if backend == "native" else f"{self.name}.{backend}"
 
     def overload(self, backend: str) -> Any:
         """The ``OpOverload`` of a backend, for ``opcheck`` and graph inspection."""

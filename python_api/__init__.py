@@ -11,6 +11,7 @@ from kdkernels.api.functional import (
     confidence_penalty_loss,
     kd_loss,
     label_smoothing_loss,
+    linear_kd_loss,
     tfkd_reg_loss,
     tfkd_self_loss,
 )
@@ -18,6 +19,7 @@ from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
     KDLoss,
     LabelSmoothingLoss,
+    LinearKDLoss,
     TfKDRegLoss,
     TfKDSelfLoss,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "KDLoss",
     "KDParts",
     "LabelSmoothingLoss",
+    "LinearKDLoss",
     "TfKDRegLoss",
     "TfKDSelfLoss",
     "available_backends",
@@ -36,6 +39,7 @@ __all__ = [
     "functional",
     "kd_loss",
     "label_smoothing_loss",
+    "linear_kd_loss",
     "nn",
     "tfkd_reg_loss",
     "tfkd_self_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,31 +47,39 @@ def reduce_rows(
     backend: str | None,
     inplace: bool = False,
     return_parts: bool = False,
+    name: str = "kd_loss",
+    reduced: Callable[..., tuple[Tensor, Tensor | None]] = op.kd_loss,
+    per_row: Callable[..., Tensor] = op.kd_loss_rows,
 ) -> Any:
-    """Flattens leading dimensions, folds mask and shift into labels, reduces."""
+    """Flattens leading dimensions, folds mask and shift into labels, reduces.
+
+    ``reduced`` and ``per_row`` are the two forms of the op called ``name``.
+    """
     leading = student.shape[:-1]
     # The op itself checks plain labels of plain rows.
     plain = len(leading) == 1 and (labels is None or labels.dtype is torch.int64)
     if not plain or mask is not None or row_weights is not None or shift:
-        labels, row_weights = _fold(student, labels, mask, row_weights, spec.ignore_index, shift)
+        labels, row_weights = _fold(
+            name, student, labels, mask, row_weights, spec.ignore_index, shift
+        )
     if len(leading) != 1:
-        _same_leading(student, teacher)
+        _same_leading(name, student, teacher)
         student = student.reshape(-1, student.shape[-1])
         teacher = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
     if reduction == "none":
         if return_parts or num_items_in_batch is not None or inplace:
             raise ValueError(
-                "kd_loss: reduction must not be 'none' with return_parts, num_items_in_batch or "
+                f"{name}: reduction must not be 'none' with return_parts, num_items_in_batch or "
                 "inplace, got 'none'"
             )
-        rows = op.kd_loss_rows(student, teacher, labels, row_weights, spec, backend=backend)
+        rows = per_row(student, teacher, labels, row_weights, spec, backend=backend)
         return rows.view(leading)
     denominator = None
     if num_items_in_batch is not None:
-        denominator = _denominator(student, num_items_in_batch)
+        denominator = _denominator(name, student, num_items_in_batch)
     elif reduction == "batchmean":
         denominator = torch.full((), leading[0] if leading else 1, device=student.device).float()
-    loss, parts = op.kd_loss(
+    loss, parts = reduced(
         student,
         teacher,
         labels,
@@ -88,6 +97,7 @@ def reduce_rows(
 
 
 def _fold(
+    name: str,
     student: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
@@ -97,27 +107,27 @@ def _fold(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Labels with mask and shift in them, and row weights, both flat."""
     leading = student.shape[:-1]
-    for name, x in (("labels", labels), ("mask", mask), ("row_weights", row_weights)):
+    for argument, x in (("labels", labels), ("mask", mask), ("row_weights", row_weights)):
         if x is not None and x.shape != leading:
             raise ValueError(
-                f"kd_loss: {name} must have the leading shape of student {list(leading)}, "
+                f"{name}: {argument} must have the leading shape of student {list(leading)}, "
                 f"got {list(x.shape)}"
             )
     if labels is not None and labels.dtype != torch.int64:
         if labels.dtype not in _INTEGERS:
-            raise TypeError(f"kd_loss: labels must be integers, got {labels.dtype}")
+            raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
         labels = labels.long()
     used = 0 if ignore_index != 0 else 1  # stands for a row that counts, where there are no labels
     if mask is not None:
-        _checks.same_device("kd_loss", "mask", mask, student.device)
+        _checks.same_device(name, "mask", mask, student.device)
         keep = mask if mask.dtype == torch.bool else mask != 0
         labels = torch.where(keep, used if labels is None else labels, ignore_index)
     if shift:
         if shift != 1:
-            raise ValueError(f"kd_loss: shift must be 0 or 1, got {shift!r}")
+            raise ValueError(f"{name}: shift must be 0 or 1, got {shift!r}")
         if len(leading) < 1:
             raise ValueError(
-                "kd_loss: student must be [..., sequence, classes] with shift=1, got shape "
+                f"{name}: student must be [..., sequence, classes] with shift=1, got shape "
                 f"{list(student.shape)}"
             )
     if shift and leading[-1] > 0:
@@ -130,11 +140,13 @@ def _fold(
         labels = labels.reshape(-1)
     if row_weights is not None:
         row_weights = row_weights.reshape(-1)
-        _check_weights(row_weights, labels, ignore_index)
+        _check_weights(name, row_weights, labels, ignore_index)
     return labels, row_weights
 
 
-def _check_weights(row_weights: Tensor, labels: Tensor | None, ignore_index: int) -> None:
+def _check_weights(
+    name: str, row_weights: Tensor, labels: Tensor | None, ignore_index: int
+) -> None:
     """Weights on the CPU can be looked at without a synchronisation; those of rows that are left
     out may be anything.
     """
@@ -144,24 +156,24 @@ def _check_weights(row_weights: Tensor, labels: Tensor | None, ignore_index: int
     if labels is not None and labels.device == row_weights.device:
         bad = bad & (labels != ignore_index)
     if bad.any():
-        raise ValueError("kd_loss: row_weights must be finite, got NaN or inf")
+        raise ValueError(f"{name}: row_weights must be finite, got NaN or inf")
 
 
-def _same_leading(student: Tensor, teacher: Tensor | None) -> None:
+def _same_leading(name: str, student: Tensor, teacher: Tensor | None) -> None:
     if teacher is not None and teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
-            f"kd_loss: teacher must have the shape of student {list(student.shape)}, "
+            f"{name}: teacher must have the shape of student {list(student.shape)}, "
             f"got {list(teacher.shape)}"
         )
 
 
-def _denominator(student: Tensor, count: int | Tensor) -> Tensor:
+def _denominator(name: str, student: Tensor, count: int | Tensor) -> Tensor:
     # A tensor, also for a number: a number that changes each step would recompile each step.
     if isinstance(count, Tensor):
         if count.numel() != 1:
             raise ValueError(
-                f"kd_loss: num_items_in_batch must be one number, got shape {list(count.shape)}"
+                f"{name}: num_items_in_batch must be one number, got shape {list(count.shape)}"
             )
         return count.detach().reshape(()).to(student.device, torch.float32)
-    number("kd_loss", "num_items_in_batch", count, 0.0, math.inf)
+    number(name, "num_items_in_batch", count, 0.0, math.inf)
     return torch.full((), count, device=student.device, dtype=torch.float32)

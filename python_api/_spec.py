@@ -38,9 +38,9 @@ def kd_spec(
     has_labels: bool,
     return_parts: bool,
     columns: int,
+    name: str = "kd_loss",
 ) -> tuple[Spec, float]:
-    """Validates the numbers of a ``kd_loss`` call; cached, so it costs nothing in a loop."""
-    name = "kd_loss"
+    """Validates the numbers of a call; cached, so it costs nothing in a loop."""
     positive(name, "temperature", temperature)
     choice(name, "divergence", divergence, tuple(DIVERGENCES))
     choice(name, "reduction", reduction, REDUCTIONS)
@@ -49,11 +49,11 @@ def kd_spec(
     number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
     number(name, "z_loss", z_loss, 0.0, math.inf)
     if classes is not None and (not _is_int(classes) or classes < 1):
-        raise ValueError(f"kd_loss: vocab_size must be an integer of at least 1, got {classes!r}")
+        raise ValueError(f"{name}: vocab_size must be an integer of at least 1, got {classes!r}")
     # The kernels take it among floating-point numbers.
     if not _is_int(ignore_index) or abs(ignore_index) > 2**53:
-        raise ValueError(f"kd_loss: ignore_index must be an integer, got {ignore_index!r}")
-    ce, kd = _weights(alpha, ce_weight, kd_weight, has_teacher, has_labels)
+        raise ValueError(f"{name}: ignore_index must be an integer, got {ignore_index!r}")
+    ce, kd = _weights(name, alpha, ce_weight, kd_weight, has_teacher, has_labels)
     kind = DIVERGENCES[divergence]
     if kind == Divergence.JSD and beta in (0.0, 1.0):
         # The limits that users of beta expect; the formula itself gives 0 there.
@@ -93,6 +93,7 @@ def kd_spec(
 
 
 def _weights(
+    name: str,
     alpha: float | None,
     ce_weight: float | None,
     kd_weight: float | None,
@@ -101,25 +102,25 @@ def _weights(
 ) -> tuple[float, float]:
     """``(ce_weight, kd_weight)`` from either form, checked against what is there."""
     if alpha is not None and (ce_weight is not None or kd_weight is not None):
-        raise ValueError("kd_loss: alpha must not be given together with ce_weight or kd_weight")
+        raise ValueError(f"{name}: alpha must not be given together with ce_weight or kd_weight")
     if (ce_weight is None) != (kd_weight is None):
-        raise ValueError("kd_loss: ce_weight and kd_weight must be given together")
+        raise ValueError(f"{name}: ce_weight and kd_weight must be given together")
     if alpha is not None:
-        number("kd_loss", "alpha", alpha, 0.0, 1.0)
+        number(name, "alpha", alpha, 0.0, 1.0)
         ce, kd = 1.0 - alpha, float(alpha)
     elif ce_weight is not None and kd_weight is not None:
-        number("kd_loss", "ce_weight", ce_weight, -math.inf, math.inf)
-        number("kd_loss", "kd_weight", kd_weight, -math.inf, math.inf)
+        number(name, "ce_weight", ce_weight, -math.inf, math.inf)
+        number(name, "kd_weight", kd_weight, -math.inf, math.inf)
         ce, kd = float(ce_weight), float(kd_weight)
     elif has_teacher and has_labels:
         ce, kd = 0.5, 0.5
     else:
         ce, kd = (0.0, 1.0) if has_teacher else (1.0, 0.0)
     if kd != 0.0 and not has_teacher:
-        raise ValueError(f"kd_loss: teacher must be given with a KD weight of {kd:g}, got None")
+        raise ValueError(f"{name}: teacher must be given with a KD weight of {kd:g}, got None")
     if ce != 0.0 and not has_labels:
         raise ValueError(
-            f"kd_loss: labels must be given with a cross-entropy weight of {ce:g}, got None"
+            f"{name}: labels must be given with a cross-entropy weight of {ce:g}, got None"
         )
     return ce, kd
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
+from kdkernels.ops import linear_kd_loss as linear_op
 from kdkernels.ops.kd_loss import Divergence, Spec
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "confidence_penalty_loss",
     "kd_loss",
     "label_smoothing_loss",
+    "linear_kd_loss",
     "tfkd_reg_loss",
     "tfkd_self_loss",
 ]
@@ -169,6 +172,169 @@ def kd_loss(
         inplace=inplace,
         return_parts=return_parts,
         backend=backend,
+    )
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    chunk_bytes: int | None = None,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    ce_weight: float | None = None,
+    kd_weight: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    scale_t2: bool = True,
+    label_smoothing: float = 0.0,
+    smoothing_convention: str = "torch",
+    z_loss: float = 0.0,
+    logit_scale: float | tuple[float, float] = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    return_parts: bool = False,
+    backend: str | None = None,
+) -> Any:  # as kd_loss
+    r"""``kd_loss`` straight from hidden states and heads, without ``[tokens, vocab]`` tensors.
+
+    The loss of ``logits = hidden @ weight.T + bias`` of each model; see :func:`kd_loss` for the
+    formula. Logits exist for a chunk of rows at a time, in float32, and the gradients of hidden
+    states and head are computed in the forward pass.
+
+    Args:
+        student_hidden: ``[..., student width]``, float32, bfloat16, float16 or float64: what the
+            head gets. Gets a gradient.
+        student_weight: ``[vocab, student width]``, the head's (or the tied embedding's) weight, in
+            the dtype of the hidden states; under autocast both are cast as a linear layer's. Gets a
+            gradient unless it is frozen.
+        teacher_hidden: ``[..., teacher width]``; must not require grad. ``None``: cross-entropy
+            only, then ``teacher_weight`` is ``None`` too.
+        teacher_weight: ``[vocab, teacher width]``.
+        labels: ``[...]`` integers in ``[0, vocab)`` or ``ignore_index``.
+        student_bias: ``[vocab]``. Gets a gradient.
+        teacher_bias: ``[vocab]``.
+        chunk_rows: rows whose logits exist at a time.
+        chunk_bytes: memory for the float32 logits of a chunk, both models, instead of
+            ``chunk_rows``. Default: a quarter of what all logits would take, but 64 to 512 MB.
+        temperature: as in :func:`kd_loss`, like every argument that follows.
+        alpha: weight of the divergence.
+        ce_weight: weight of cross-entropy.
+        kd_weight: weight of the divergence.
+        divergence: ``forward_kl``, ``soft_ce``, ``reverse_kl``, ``jsd`` or ``tvd``.
+        beta: teacher's weight in ``jsd``.
+        scale_t2: multiply the divergence by ``temperature ** 2``.
+        label_smoothing: share of the label's probability spread over the classes.
+        smoothing_convention: ``torch`` or ``tfkd``.
+        z_loss: weight of the squared log-partition of the student.
+        logit_scale: factor of the logits; a pair means (student, teacher).
+        softcap: logit cap; a pair means (student, teacher).
+        vocab_size: real classes of padded heads; the rest is not computed.
+        ignore_index: label of rows to leave out.
+        mask: ``[...]`` rows to use.
+        shift: 1 for causal language models.
+        reduction: ``mean``, ``batchmean``, ``sum``, ``none`` or ``element_mean``.
+        num_items_in_batch: divides the sum instead.
+        row_weights: ``[...]`` factors of the rows' losses.
+        return_parts: return :class:`KDParts`.
+        backend: ``native``, ``triton`` or ``reference``.
+
+    Returns:
+        The loss, or :class:`KDParts`, as :func:`kd_loss`.
+
+    Raises:
+        ValueError: shapes, values or devices that do not fit; the message names the argument.
+        TypeError: dtypes that do not fit.
+
+    Note:
+        16-bit hidden states and heads keep float32 logits and float32 sums of the gradients, which
+        are rounded once. Rows that are left out take part in no GEMM on the CPU. With
+        ``reduction="none"`` the logits are computed again in the backward pass.
+
+    Source: the loss is Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> hidden, head = torch.randn(2, 6, 16), torch.nn.Linear(16, 100, bias=False)
+        >>> teacher_hidden, teacher_head = torch.randn(2, 6, 32), torch.randn(100, 32)
+        >>> tokens = torch.randint(100, (2, 6))
+        >>> loss = kdkernels.linear_kd_loss(
+        ...     hidden, head.weight, teacher_hidden, teacher_head, tokens, shift=1, temperature=2.0
+        ... )
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([100, 16])
+    """
+    name = "linear_kd_loss"
+    _columns(name, "student_hidden", student_hidden)
+    if student_weight.dim() != 2:
+        raise ValueError(
+            f"{name}: student_weight must be [vocab, width], got shape {list(student_weight.shape)}"
+        )
+    if type(logit_scale) is list or type(softcap) is list:  # cannot be cached
+        raise TypeError(f"{name}: logit_scale and softcap must be numbers or tuples, got a list")
+    if (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError(f"{name}: teacher_hidden and teacher_weight must be given together")
+    columns = student_weight.shape[0]
+    build = kd_spec.__wrapped__ if is_compiling() else kd_spec
+    spec, t2 = build(
+        temperature,
+        alpha,
+        ce_weight,
+        kd_weight,
+        divergence,
+        beta,
+        scale_t2,
+        label_smoothing,
+        smoothing_convention,
+        z_loss,
+        logit_scale,
+        softcap,
+        vocab_size,
+        ignore_index,
+        reduction,
+        teacher_hidden is not None,
+        labels is not None,
+        return_parts,
+        columns,
+        name,
+    )
+    if chunk_bytes is not None:
+        if chunk_rows is not None:
+            raise ValueError(f"{name}: chunk_rows must not be given together with chunk_bytes")
+        positive(name, "chunk_bytes", chunk_bytes)
+        rows = math.prod(student_hidden.shape[:-1])
+        models = 2 if spec.needs_teacher else 1
+        chunk_rows = linear_op.plan_chunk_rows(rows, columns, models, int(chunk_bytes))
+    heads = linear_op.Heads(student_weight, student_bias, teacher_weight, teacher_bias)
+    return reduce_rows(
+        student_hidden,
+        teacher_hidden,
+        labels,
+        spec,
+        t2,
+        mask=mask,
+        shift=shift,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        row_weights=row_weights,
+        return_parts=return_parts,
+        backend=backend,
+        name=name,
+        reduced=partial(linear_op.linear_kd_loss, heads=heads, chunk_rows=chunk_rows),
+        per_row=partial(linear_op.linear_kd_loss_rows, heads=heads, chunk_rows=chunk_rows),
     )
 
 

@@ -52,6 +52,34 @@ class KDLoss(_Loss):
         return self._call(student, teacher, labels, **kw)
 
 
+class LinearKDLoss(_Loss):
+    """:func:`kdkernels.linear_kd_loss` as a module.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> loss_fn = kdkernels.LinearKDLoss(temperature=2.0, chunk_rows=2)
+        >>> student, teacher = torch.randn(4, 8), torch.randn(4, 16)
+        >>> loss_fn(student, torch.randn(9, 8), teacher, torch.randn(9, 16)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(functional.linear_kd_loss)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor | None = None,
+        **kw: Any,
+    ) -> Any:
+        """Hidden states ``[..., width]``, heads ``[vocab, width]``, labels ``[...]``."""
+        return self._call(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **kw
+        )
+
+
 class LabelSmoothingLoss(_Loss):
     """:func:`kdkernels.label_smoothing_loss` as a module."""
 

@@ -112,7 +112,9 @@ def test_every_op_has_a_case_and_the_layout_of_one() -> None:
     assert cases.names() == sorted(kdkernels.ops.__all__)
     for name in cases.names():
         case = cases.load(name)
-        assert case.modes and any(case.traffic(mode) for mode in case.modes)
+        # A bound of the time: by memory, or a rival that does only what nobody can save.
+        assert case.modes
+        assert any(case.traffic(mode) for mode in case.modes) or case.unchecked
         assert case.shapes("cpu") and case.shapes("cuda")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkernels.bench.accuracy import Check
 
 Inputs = tuple[Tensor, ...]
-# What is timed: from the inputs to a result that the first input may be differentiated for.
+# What is timed: from the inputs to a result, which is differentiated for those that require it.
 Run = Callable[..., Tensor]
 
 
@@ -59,6 +59,7 @@ class Case(Protocol):
     modes: tuple[str, ...]  # of forward, backward, full
     rivals: tuple[str, ...]
     row_kernels: tuple[str, ...]  # names of the GPU kernels that walk over rows, 16 bytes at a time
+    unchecked: tuple[str, ...]  # rivals that compute something else, a lower bound of the time
     unfused_kernels: tuple[str, ...]  # Triton kernels in which equal terms must cancel exactly
 
     def shapes(self, device: str) -> list[tuple[int, int]]:

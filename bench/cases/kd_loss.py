@@ -34,6 +34,7 @@ class KDLossCase:
     modes = ("forward", "backward", "full")
     rivals = ("eager", "compile", "liger", "trl")
     row_kernels = ("kd_loss_rows", "kd_loss_kernel")
+    unchecked: tuple[str, ...] = ()
     unfused_kernels = ("kd_loss_kernel",)
 
     def shapes(self, device: str) -> list[tuple[int, int]]:

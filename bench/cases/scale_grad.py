@@ -22,6 +22,7 @@ class ScaleGradCase:
     modes = ("forward",)
     rivals = ("eager",)
     row_kernels = ("scale_rows", "scale_grad_kernel")
+    unchecked: tuple[str, ...] = ()
     unfused_kernels: tuple[str, ...] = ()
 
     def shapes(self, device: str) -> list[tuple[int, int]]:

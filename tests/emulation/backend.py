@@ -21,6 +21,7 @@ import torch
 
 from kdkernels import _backend
 from kdkernels.ops.kd_loss import op as kd_loss_op
+from kdkernels.ops.linear_kd_loss import op as linear_kd_loss_op
 from kdkernels.ops.scale_grad import op as scale_grad_op
 
 HERE = Path(__file__).resolve().parent
@@ -63,6 +64,7 @@ def load() -> str | None:
     torch.ops.load_library(str(path))
     _library = ctypes.CDLL(str(path))
     _library.emulated_device.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+    linear_kd_loss_op.attach("emulated")
     _backend.register_backend("emulated")
     return None
 

@@ -30,7 +30,7 @@ def scale_grad(grad: Tensor, scale: Tensor, *, backend: str) -> Tensor:
     """
     if torch.compiler.is_compiling() or _graph_is_kept():
         return grad * scale
-    scale_grad_(backend, grad, scale)
+    scale_grad_(backend, grad if grad.dim() == 2 else grad.view(1, -1), scale)
     return grad
 
 
