@@ -294,6 +294,19 @@ class _LinearKDLossRows(torch.autograd.Function):
 # ---- what runs -----------------------------------------------------------------------------------
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear``, by oneDNN where it would be MKL.
+
+    MKL packs the head anew for each chunk: 79 ms at 256 x 32000 x 768 float32, oneDNN 61 (2 cores,
+    Zen 4). The operator is the one that torch.compile uses.
+    """
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] > 0
+    if onednn and torch.backends.mkldnn.is_available():
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 class _Head:
     """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head."""
 
@@ -306,14 +319,11 @@ class _Head:
         self._whole = weight.dtype == self.dtype
         self._wide_gemm = weight.is_cuda
 
-    def logits(self, x: Tensor, out: Tensor) -> None:
-        """``out = x @ weight.T + bias``."""
-        if self._whole and self.bias is not None:
-            torch.addmm(self.bias, x, self.weight.T, out=out)
-            return
+    def logits(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``."""
         if self._whole:
-            torch.mm(x, self.weight.T, out=out)
-            return
+            return _linear(x, self.weight, self.bias)
+        out = x.new_empty((x.shape[0], self.weight.shape[0]), dtype=self.dtype)
         for begin, end in self._blocks():
             part = out[:, begin:end]
             if self._wide_gemm:
@@ -322,6 +332,7 @@ class _Head:
                 torch.mm(x, self.weight[begin:end].to(self.dtype).T, out=part)
         if self.bias is not None:
             out += self.bias.to(self.dtype)
+        return out
 
     def hidden(self, grad: Tensor, out: Tensor) -> None:
         """``out = grad @ weight``."""
@@ -430,28 +441,22 @@ class _Call:
             self.denominator = student.new_full((), count, dtype=self.student_head.dtype)
             if labels is not None and labels.device.type != "cpu":
                 self.denominator = (labels != spec.ignore_index).sum().to(self.student_head.dtype)
-        size = min(chunk_rows, max(self.rows.count, 1))
-        self._tiles = [student.new_empty((size, classes), dtype=self.student_head.dtype)]
         if self.teacher is not None:
             assert teacher_weight is not None
             self.teacher_head = _Head(teacher_weight, teacher_bias, classes)
-            self._tiles.append(torch.empty_like(self._tiles[0]))
 
-    def each(self) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Any, ...]]]:
-        """Chunk, the student's hidden states and logits, and what the kernel takes beside them."""
-        for chunk in self.rows.chunks():
-            tiles = [tile[: chunk.stop - chunk.start] for tile in self._tiles]
-            x = self.student_head.rows(self.rows.clean(self.student, chunk))
-            self.student_head.logits(x, tiles[0])
-            teacher = None
-            if self.teacher is not None:
-                teacher = tiles[1]
-                hidden = self.rows.of(self.teacher, chunk)
-                assert hidden is not None
-                self.teacher_head.logits(self.teacher_head.rows(hidden), teacher)
-            labels = self.rows.of(self.labels, chunk)
-            weights = self.rows.of(self.row_weights, chunk)
-            yield chunk, x, tiles[0], (teacher, labels, weights, self.denominator, self.spec)
+    def open(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        """The student's hidden states and logits, and what the kernel takes beside them."""
+        x = self.student_head.rows(self.rows.clean(self.student, chunk))
+        logits = self.student_head.logits(x)
+        teacher = None
+        if self.teacher is not None:
+            hidden = self.rows.of(self.teacher, chunk)
+            assert hidden is not None
+            teacher = self.teacher_head.logits(self.teacher_head.rows(hidden))
+        labels = self.rows.of(self.labels, chunk)
+        weights = self.rows.of(self.row_weights, chunk)
+        return x, logits, (teacher, labels, weights, self.denominator, self.spec)
 
 
 def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -459,8 +464,10 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, parts, rows = _fake(call.student)
     for total in (loss, parts, rows):
         total.zero_()
-    for chunk, _, logits, others in call.each():
+    for chunk in call.rows.chunks():
+        _, logits, others = call.open(chunk)
         chunk_loss, chunk_parts, chunk_rows = kd_loss_forward(backend, logits, *others)
+        del logits, others  # before the next chunk's take their place
         loss += chunk_loss
         parts += chunk_parts
         call.rows.put(rows, chunk, chunk_rows)
@@ -480,8 +487,10 @@ def _gradients(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
         hidden_grad.zero_()
     weight_grad = student.new_zeros(weight.shape if wants_weight else (0,), dtype=head.dtype)
     bias_grad = student.new_zeros(weight.shape[:1] if wants_bias else (0,), dtype=head.dtype)
-    for chunk, x, logits, others in call.each():
+    for chunk in call.rows.chunks():
+        x, logits, others = call.open(chunk)
         chunk_loss, chunk_parts = kd_loss_grad_(backend, logits, *others)
+        del others
         loss += chunk_loss
         parts += chunk_parts
         if wants_hidden:
@@ -494,6 +503,7 @@ def _gradients(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
             head.add_weight(logits, x, weight_grad)
         if wants_bias:
             bias_grad[: logits.shape[1]] += logits.sum(0)
+        del logits  # before the next chunk's take their place
     kept = _kept(weight.dtype)
     return loss, parts, hidden_grad, weight_grad.to(kept), bias_grad.to(kept)
 
