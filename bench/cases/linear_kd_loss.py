@@ -23,7 +23,7 @@ WIDTH = {"cpu": 768, "cuda": 4096}  # of both models
 class LinearKDLossCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
-    modes = ("full", "forward")
+    modes = ("forward", "full")
     rivals = ("eager", "gemms")
     row_kernels: tuple[str, ...] = ()
     unfused_kernels: tuple[str, ...] = ()
