@@ -12,6 +12,7 @@ from kdkernels.api.functional import (
     kd_loss,
     label_smoothing_loss,
     linear_kd_loss,
+    multi_teacher_kd_loss,
     tfkd_reg_loss,
     tfkd_self_loss,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",
+    "multi_teacher_kd_loss",
     "nn",
     "tfkd_reg_loss",
     "tfkd_self_loss",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from kdkernels import _checks
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
@@ -20,6 +23,7 @@ __all__ = [
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",
+    "multi_teacher_kd_loss",
     "tfkd_reg_loss",
     "tfkd_self_loss",
 ]
@@ -394,6 +398,128 @@ def label_smoothing_loss(
         row_weights=row_weights,
         backend=backend,
     )
+
+
+def multi_teacher_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    teacher_weights: Sequence[float] | None = None,
+    combine: str = "probability",
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    ce_weight: float | None = None,
+    kd_weight: float | None = None,
+    **options: Any,
+) -> Any:  # as kd_loss
+    r"""``kd_loss`` from several teachers of one vocabulary.
+
+    With weights ``w_i`` that sum to 1::
+
+        probability: D(sum_i w_i softmax(z_i / T), softmax(z_s / T))
+        loss:        sum_i w_i D(softmax(z_i / T), softmax(z_s / T))
+
+    Forward KL has the same gradient in both forms; the other divergences do not.
+
+    Args:
+        student_logits: ``[..., vocab]``. Gets the gradient.
+        teacher_logits: one ``[..., vocab]`` a teacher; must not require grad.
+        labels: as in :func:`kd_loss`.
+        teacher_weights: one positive number a teacher; scaled to sum to 1. Default: equal.
+        combine: ``probability`` (the mean of the teachers' distributions teaches) or ``loss`` (the
+            mean of their losses).
+        temperature: as in :func:`kd_loss`.
+        alpha: as in :func:`kd_loss`.
+        ce_weight: as in :func:`kd_loss`.
+        kd_weight: as in :func:`kd_loss`.
+        **options: every other keyword of :func:`kd_loss`, except ``inplace``. With
+            ``probability``, ``logit_scale`` and ``softcap`` must leave the teachers alone, whose
+            mean is no logit: give the student's as pairs, ``(scale, 1.0)`` and ``(cap, None)``.
+
+    Returns:
+        As :func:`kd_loss`.
+
+    Raises:
+        ValueError: no teacher, weights that do not fit, unknown ``combine``; else as
+            :func:`kd_loss`.
+
+    Note:
+        ``probability`` holds one tensor of mean log-probabilities, in float32; ``loss`` runs the
+        kernel once for each teacher.
+
+    Source: You, Xu, Xu, Tao, "Learning from Multiple Teacher Networks", KDD 2017 (mean of the
+    teachers' softened outputs).
+
+    Example:
+        >>> import kdkernels, torch
+        >>> student, teachers = torch.randn(4, 9), [torch.randn(4, 9), torch.randn(4, 9)]
+        >>> kdkernels.multi_teacher_kd_loss(student, teachers, temperature=2.0).shape
+        torch.Size([])
+    """
+    name = "multi_teacher_kd_loss"
+    choice(name, "combine", combine, ("probability", "loss"))
+    teachers = list(teacher_logits)
+    if not teachers:
+        raise ValueError(f"{name}: teacher_logits must hold at least one teacher, got none")
+    shares = _teacher_shares(name, teacher_weights, len(teachers))
+    if options.get("inplace"):
+        raise ValueError(f"{name}: inplace must be False, got True")
+    common: dict[str, Any] = {"temperature": temperature, **options}
+    common |= {"alpha": alpha, "ce_weight": ce_weight, "kd_weight": kd_weight}
+    if combine == "probability":
+        for argument, neutral in (("logit_scale", 1.0), ("softcap", None)):
+            value = options.get(argument, neutral)
+            if (value[1] if isinstance(value, tuple) else value) not in (neutral, 0.0):
+                raise ValueError(
+                    f"{name}: {argument} must leave the teachers' side at {neutral} with "
+                    f"combine='probability', got {value!r}"
+                )
+        mean = _mean_logits(name, student_logits, teachers, shares, temperature)
+        return kd_loss(student_logits, mean, labels, **common)
+    results = []
+    for share, teacher in zip(shares, teachers, strict=True):
+        # Every term that is the student's alone comes along with each share: their sum is one.
+        results.append((share, kd_loss(student_logits, teacher, labels, **common)))
+    if not options.get("return_parts"):
+        return sum(share * loss for share, loss in results)
+    fields = [sum(share * parts[i] for share, parts in results) for i in range(4)]
+    return KDParts(*[*fields, results[0][1].n_valid])
+
+
+def _teacher_shares(name: str, weights: Sequence[float] | None, teachers: int) -> list[float]:
+    if weights is None:
+        return [1.0 / teachers] * teachers
+    values = list(weights)
+    if len(values) != teachers:
+        raise ValueError(
+            f"{name}: teacher_weights must have one number for each of {teachers} teachers, "
+            f"got {len(values)}"
+        )
+    for value in values:
+        positive(name, "teacher_weights", value)
+    return [value / sum(values) for value in values]
+
+
+def _mean_logits(
+    name: str, student: Tensor, teachers: list[Tensor], shares: list[float], temperature: float
+) -> Tensor:
+    """Logits whose softmax at the temperature is the mean of the teachers' distributions."""
+    positive(name, "temperature", temperature)
+    mean: Tensor | None = None
+    for share, teacher in zip(shares, teachers, strict=True):
+        if teacher.shape != student.shape:
+            raise ValueError(
+                f"{name}: teacher_logits must have the shape of student_logits "
+                f"{list(student.shape)}, got {list(teacher.shape)}"
+            )
+        _checks.same_device(name, "teacher_logits", teacher, student.device)
+        _checks.no_grad(name, "teacher_logits", teacher)
+        dtype = torch.float64 if teacher.dtype == torch.float64 else torch.float32
+        log_p = (teacher.to(dtype) / temperature).log_softmax(-1) + math.log(share)
+        mean = log_p if mean is None else torch.logaddexp(mean, log_p)
+    assert mean is not None
+    return mean * temperature
 
 
 def tfkd_reg_loss(
