@@ -16,9 +16,9 @@ from rich.table import Table
 from kdkernels._backend import BACKENDS, check_name
 from kdkernels.api.backends import available_backends
 from kdkernels.bench import cases
-from kdkernels.bench.cases import Setting
+from kdkernels.bench.cases import Case, Setting
 from kdkernels.bench.measure import Measured, Plan, dtype_name, measure
-from kdkernels.bench.report import Row, number, tables, write_json
+from kdkernels.bench.report import number, tables, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,7 +30,9 @@ Words = list[str] | None
 Op = Annotated[str, typer.Option(help="Op to measure.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")]
 Backend = Annotated[Words, typer.Option(help="Backends of ours [default: every compiled one].")]
-Against = Annotated[Words, typer.Option(help="eager, compile, liger, trl [default: first two].")]
+Against = Annotated[
+    Words, typer.Option(help="eager, compile, ... or all [default: the op's first two].")
+]
 Shape = Annotated[Words, typer.Option(help="ROWSxVOCAB [default: real models', by device].")]
 Dtype = Annotated[Words, typer.Option(help="float32, bfloat16, float16 [default: first two].")]
 Divergence = Annotated[str, typer.Option(help="forward_kl, reverse_kl, jsd or tvd.")]
@@ -62,11 +64,10 @@ def bench(
     case = cases.load(op)
     present = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     device = _one_of("device", device or present[-1], present)
-    default_rivals = tuple(name for name in DEFAULT_RIVALS if name in case.rivals)
     plan = Plan(
         op=op,
         backends=_backends(op, device, _words(backend)),
-        against=_several("against", against, case.rivals) or default_rivals,
+        against=_rivals(case, against),
         modes=_several("mode", mode, case.modes) or case.modes[-1:],
         seconds=min(seconds, QUICK_SECONDS) if quick else seconds,
         memory=not quick,
@@ -75,19 +76,24 @@ def bench(
     shapes = [_shape(text) for text in _words(shape)] or default_shapes
     dtypes = _several("dtype", dtype, tuple(DTYPES)) or ("float32", "bfloat16")
     console = Console(highlight=False)
-    rows: list[Row] = []
     failed = False
     for size in shapes:
         for name in dtypes:
             setting = Setting(device, DTYPES[name], divergence, temperature)
             measured = measure(plan, setting, size)
             _show(console, measured)
-            rows += measured.rows
+            if json_path is not None:  # at once: a run that is cut keeps its tables
+                write_json(json_path, measured.rows)
             failed = failed or bool(measured.refused)
-    if json_path is not None:
-        write_json(json_path, rows)
     if failed:
         raise typer.Exit(1)
+
+
+def _rivals(case: Case, names: Words) -> tuple[str, ...]:
+    """Those asked for; ``all``; or the first two."""
+    if _words(names) == ["all"]:
+        return case.rivals
+    return _several("against", names, case.rivals) or case.rivals[:2]
 
 
 def _show(console: Console, measured: Measured) -> None:

@@ -108,6 +108,27 @@ def test_figures_against_the_copy_of_the_same_run(tmp_path: Path) -> None:
     assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
 
 
+def test_tables_are_written_as_they_come_and_all_rivals_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run.jsonl"
+    real = run.measure
+
+    def fail_at_bfloat16(plan: Any, setting: Any, shape: Any) -> Any:
+        if setting.dtype == torch.bfloat16:
+            raise RuntimeError("cut")
+        return real(plan, setting, shape)
+
+    monkeypatch.setattr(run, "measure", fail_at_bfloat16)
+    arguments = ["--op", "scale_grad", "--device", "cpu", "--backend", "reference", "--quick"]
+    result = bench(*arguments, "--seconds", "0.05", "--against", "all", "--json", str(out))
+    assert result.exit_code != 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["variant"], row["dtype"]) for row in rows] == [
+        ("reference", "float32"), ("eager", "float32"),
+    ]  # fmt: skip
+
+
 def test_every_op_has_a_case_and_the_layout_of_one() -> None:
     assert cases.names() == sorted(kdkernels.ops.__all__)
     for name in cases.names():

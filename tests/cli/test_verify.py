@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from kdkernels import _backend, available_backends
+from kdkernels import _backend, available_backends, ops
 from kdkernels.api.cli import app
 from kdkernels.bench import cases
 from kdkernels.ops.kd_loss import Spec
@@ -20,6 +20,7 @@ from kdkernels.ops.kd_loss.reference import kd_loss_reference
 from kdkernels.ops.scale_grad import scale_grad_
 
 PLANTED = "planted_for_verify"
+OPS = ", ".join(ops.__all__)
 
 
 @kd_loss_grad.launcher(PLANTED)
@@ -73,7 +74,7 @@ def test_a_kernel_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["verify", "--backend", "cublas"], "backend must be one of native, triton, reference"),
-        (["verify", "--op", "softmax"], "op must be one of kd_loss, scale_grad, got 'softmax'"),
+        (["verify", "--op", "softmax"], f"op must be one of {OPS}, got 'softmax'"),
         (["verify", "--device", "tpu"], "verify: device must be one of cpu"),
         (["bench", "--device", "tpu"], "bench: device must be one of cpu"),
         (["bench", "--shape", "12"], "bench: shape must be ROWSxVOCAB, got '12'"),
