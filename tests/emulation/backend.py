@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import shutil
 import subprocess
@@ -19,21 +20,13 @@ from pathlib import Path
 
 import torch
 
-from kdkernels import _backend
-from kdkernels.ops.kd_loss import op as kd_loss_op
-from kdkernels.ops.linear_kd_loss import op as linear_kd_loss_op
-from kdkernels.ops.scale_grad import op as scale_grad_op
+from kdkernels import _backend, ops
+from kdkernels._op import Primitive
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulation"
 TORCH = Path(torch.__file__).parent
-PRIMITIVES = (
-    kd_loss_op.kd_loss_forward,
-    kd_loss_op.kd_loss_grad,
-    kd_loss_op.kd_loss_grad_,
-    scale_grad_op.scale_grad_,
-)
 # Every load and store of the kernels becomes a call of memory.cpp; vectorised ones would not be
 # those of the source.
 CHECKED = (
@@ -59,12 +52,17 @@ def load() -> str | None:
         path, reason = build()
         if reason is not None:
             return reason
-    for primitive in PRIMITIVES:
-        primitive.define("emulated")
+    for op in ops.__all__:
+        module = importlib.import_module(f"kdkernels.ops.{op}.op")
+        if hasattr(module, "COMPOSED_OF"):
+            module.attach("emulated")
+            continue
+        for primitive in vars(module).values():
+            if isinstance(primitive, Primitive) and primitive.name.startswith(op):
+                primitive.define("emulated")
     torch.ops.load_library(str(path))
     _library = ctypes.CDLL(str(path))
     _library.emulated_device.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
-    linear_kd_loss_op.attach("emulated")
     _backend.register_backend("emulated")
     return None
 
