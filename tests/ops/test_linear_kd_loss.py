@@ -276,6 +276,33 @@ def test_bf16_logits_are_not_rounded(backend: Backend) -> None:
     assert ours <= 2 * exact < rounded / 4
 
 
+def test_gemms_of_a_gpu_that_keep_float32(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of 16-bit heads on CUDA, its GEMMs (``out_dtype``) replaced by float32 ones."""
+    if backend.device != "cpu" or backend.name == "reference":
+        pytest.skip("on a GPU the dtype tests take this path; the reference has none")
+    multiply, opened = torch.mm, linear_op._Head.__init__
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        return multiply(a.to(out_dtype), b.to(out_dtype))
+
+    def init(self: Any, *args: Any) -> None:
+        opened(self, *args)
+        self._mixed = True
+
+    problem, spec = Problem(10), Spec(D.FORWARD_KL.value, ce_weight=0.5, kd_weight=0.5)
+    oracle = expected(problem, spec, torch.bfloat16, wide=True)
+    same = expected(problem, spec, torch.bfloat16, wide=False)
+    monkeypatch.setattr(linear_op._Head, "__init__", init)
+    monkeypatch.setattr(torch, "mm", mm)
+    actual = run(backend, problem, spec, torch.bfloat16, chunk_rows=3)
+    for a, o, s in zip(actual, oracle, same, strict=True):
+        assert a is not None and o is not None and s is not None
+        assert_within_budget(a, o, s, a.dtype)
+
+
 def test_the_function_folds_everything(backend: Backend) -> None:
     torch.manual_seed(1)
     hidden = torch.randn(2, 5, WIDTH, device=backend.device, requires_grad=True)

@@ -308,57 +308,59 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Head:
-    """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head."""
+    """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head.
+
+    A 16-bit head is widened block by block on the CPU, whose GEMMs would round their results; on a
+    GPU the library keeps them.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, classes: int) -> None:
         self.weight = weight[:classes]
         self.bias = None if bias is None else bias[:classes]
         self.dtype = _accumulate(weight.dtype)
-        # A 16-bit head is widened block by block on the CPU, whose GEMMs would round their results;
-        # on a GPU the library keeps them.
         self._whole = weight.dtype == self.dtype
-        self._wide_gemm = weight.is_cuda
+        self._mixed = weight.is_cuda and not self._whole  # 16-bit in, float32 out
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Hidden states as the GEMMs take them."""
+        return x if self._whole or self._mixed else x.to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``."""
         if self._whole:
             return _linear(x, self.weight, self.bias)
-        out = x.new_empty((x.shape[0], self.weight.shape[0]), dtype=self.dtype)
-        for begin, end in self._blocks():
-            part = out[:, begin:end]
-            if self._wide_gemm:
-                part.copy_(torch.mm(x, self.weight[begin:end].T, out_dtype=self.dtype))
-            else:
-                torch.mm(x, self.weight[begin:end].to(self.dtype).T, out=part)
+        if self._mixed:
+            out = torch.mm(x, self.weight.T, out_dtype=self.dtype)
+        else:
+            out = x.new_empty((x.shape[0], self.weight.shape[0]))
+            for begin, end in self._blocks():
+                torch.mm(x, self.weight[begin:end].to(self.dtype).T, out=out[:, begin:end])
         if self.bias is not None:
             out += self.bias.to(self.dtype)
         return out
 
-    def hidden(self, grad: Tensor, out: Tensor) -> None:
-        """``out = grad @ weight``."""
+    def gradient(self, logits: Tensor) -> Tensor:
+        """The gradient of logits as the GEMMs take it."""
+        return logits.to(self.weight.dtype) if self._mixed else logits
+
+    def hidden(self, grad: Tensor) -> Tensor:
+        """``grad @ weight``, the gradient of the hidden states."""
         if self._whole:
-            torch.mm(grad, self.weight, out=out)
-            return
-        if self._wide_gemm:
-            out.copy_(torch.mm(grad.to(self.weight.dtype), self.weight, out_dtype=self.dtype))
-            return
-        out.zero_()
+            return grad @ self.weight
+        if self._mixed:
+            return torch.mm(grad, self.weight, out_dtype=self.dtype)
+        out = grad.new_zeros((grad.shape[0], self.weight.shape[1]))
         for begin, end in self._blocks():
             out.addmm_(grad[:, begin:end], self.weight[begin:end].to(self.dtype))
+        return out
 
     def add_weight(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
         """``out += grad.T @ x``; out is float32 (float64)."""
-        out = out[: grad.shape[1]]
-        if not self._wide_gemm or self._whole:
-            out.addmm_(grad.T, x)
+        if not self._mixed:
+            out[: grad.shape[1]].addmm_(grad.T, x)
             return
         for begin, end in self._blocks():
-            narrow = grad[:, begin:end].to(x.dtype)
-            out[begin:end] += torch.mm(narrow.T, x, out_dtype=self.dtype)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Hidden states as the GEMMs take them."""
-        return x if self._whole or self._wide_gemm else x.to(self.dtype)
+            out[begin:end] += torch.mm(grad[:, begin:end].T, x, out_dtype=self.dtype)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         step = _HEAD_BLOCK.get(self.weight.device.type, 4096)
@@ -493,17 +495,14 @@ def _gradients(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
         del others
         loss += chunk_loss
         parts += chunk_parts
+        grad = head.gradient(logits)
         if wants_hidden:
-            out = torch.empty(
-                (logits.shape[0], student.shape[1]), dtype=head.dtype, device=x.device
-            )
-            head.hidden(logits, out)
-            call.rows.put(hidden_grad, chunk, out)
+            call.rows.put(hidden_grad, chunk, head.hidden(grad))
         if wants_weight:
-            head.add_weight(logits, x, weight_grad)
+            head.add_weight(grad, x, weight_grad)
         if wants_bias:
             bias_grad[: logits.shape[1]] += logits.sum(0)
-        del logits  # before the next chunk's take their place
+        del logits, grad  # before the next chunk's take their place
     kept = _kept(weight.dtype)
     return loss, parts, hidden_grad, weight_grad.to(kept), bias_grad.to(kept)
 
