@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.planted import plant
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -22,10 +23,6 @@ from kdkernels.bench.cases import Consuming, Setting
 from kdkernels.bench.memory import peaks
 from kdkernels.bench.timing import input_sets, interleaved
 from kdkernels.bench.variants import preparer
-from kdkernels.ops.kd_loss import Spec
-from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad
-from kdkernels.ops.kd_loss.reference import kd_loss_reference
-from kdkernels.ops.scale_grad import scale_grad_
 
 ROOT = Path(__file__).parents[1]
 PLANTED = "planted_for_bench"
@@ -33,25 +30,12 @@ OURS = kdkernels.available_backends("kd_loss")[0]
 SMALL = ["--device", "cpu", "--backend", OURS, "--shape", "4x64", "--seconds", "0.02"]
 
 
-@kd_loss_grad.launcher(PLANTED)
-def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Right but for one element of the gradient."""
-    with torch.enable_grad():
-        leaf = student.detach().requires_grad_()
-        loss, parts, _ = kd_loss_reference(leaf, *args[:4], Spec.of(args[4]))
-        (grad,) = torch.autograd.grad(loss, leaf)
+def _spoil_one(grad: Tensor) -> Tensor:
     grad[0, 0] += 1e-3
-    return loss.detach(), parts, grad
+    return grad
 
 
-@kd_loss_forward.launcher(PLANTED)
-def _right_loss(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return kd_loss_reference(student.detach(), *args[:4], Spec.of(args[4]))
-
-
-@scale_grad_.launcher(PLANTED)
-def _right_factor(grad: Tensor, scale: Tensor) -> None:
-    grad.mul_(scale)
+plant(PLANTED, _spoil_one)
 
 
 def bench(*arguments: str) -> Any:

@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from helpers.planted import plant
 from typer.testing import CliRunner
 
 from kdkernels import _backend, available_backends, ops
 from kdkernels.api.cli import app
 from kdkernels.bench import cases
-from kdkernels.ops.kd_loss import Spec
-from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad
-from kdkernels.ops.kd_loss.reference import kd_loss_reference
-from kdkernels.ops.scale_grad import scale_grad_
 
 PLANTED = "planted_for_verify"
 OPS = ", ".join(ops.__all__)
 
 
-@kd_loss_grad.launcher(PLANTED)
-def _wrong_gradient(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Right but for a gradient that is one per mille too large."""
-    with torch.enable_grad():
-        leaf = student.detach().requires_grad_()
-        loss, parts, _ = kd_loss_reference(leaf, *args[:4], Spec.of(args[4]))
-        (grad,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), parts, grad * 1.001
-
-
-@kd_loss_forward.launcher(PLANTED)
-def _right_loss(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return kd_loss_reference(student.detach(), *args[:4], Spec.of(args[4]))
-
-
-@scale_grad_.launcher(PLANTED)
-def _right_factor(grad: Tensor, scale: Tensor) -> None:
-    grad.mul_(scale)
+plant(PLANTED, lambda grad: grad * 1.001)
 
 
 @pytest.mark.parametrize("op", cases.names())
