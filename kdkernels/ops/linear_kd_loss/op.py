@@ -8,7 +8,6 @@ logits would take 8 + 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from torch import Tensor
 from kdkernels import _backend, _checks
 from kdkernels._op import Primitive, refuse_create_graph
 from kdkernels.ops import kd_loss as kd
-from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad_
 from kdkernels.ops.kd_loss.spec import Spec
+from kdkernels.ops.linear_kd_loss.chunks import accumulate, forward, gradients, kept
 from kdkernels.ops.linear_kd_loss.reference import linear_kd_loss_reference
 from kdkernels.ops.scale_grad.op import scale_grad
 
@@ -30,8 +29,6 @@ COMPOSED_OF = "kd_loss"
 # beside the GEMMs, and the peak is an eighth of what eager code holds.
 _SHARE = 1 / 4
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 512 << 20
-# Rows of a 16-bit head that are worked on at a time: as float32 they take 12 MB at width 768.
-_HEAD_BLOCK = {"cpu": 4096, "cuda": 16384}
 
 _HEADS = (
     "Tensor student, Tensor student_weight, Tensor? student_bias, Tensor? teacher, "
@@ -49,12 +46,8 @@ class Heads(NamedTuple):
     teacher_bias: Tensor | None = None
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulate(student.dtype)
+    dtype = accumulate(student.dtype)
     sizes: tuple[tuple[Any, ...], ...] = ((), (4,), (student.shape[0],))
     loss, parts, rows = (student.new_empty(size, dtype=dtype) for size in sizes)
     return loss, parts, rows
@@ -64,21 +57,13 @@ def _fake_grad(
     student: Tensor, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wants_hidden, wants_weight, wants_bias = args[-1]
-    dtype = _kept(student.dtype)
+    dtype = kept(student.dtype)
     return (
         *_fake(student)[:2],
         student.new_empty(student.shape if wants_hidden else (0,), dtype=dtype),
-        student.new_empty(weight.shape if wants_weight else (0,), dtype=_kept(weight.dtype)),
-        student.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=_kept(weight.dtype)),
+        student.new_empty(weight.shape if wants_weight else (0,), dtype=kept(weight.dtype)),
+        student.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=kept(weight.dtype)),
     )
-
-
-def _kept(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient waits for its upstream factor.
-
-    float16 would lose what a GradScaler's factor is there to save.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 # Loss only, also per row.
@@ -209,8 +194,8 @@ def unsupported(
 
 def attach(backend: str) -> None:
     """Makes a backend of ``kd_loss`` one of this op."""
-    linear_kd_loss_forward.launcher(backend)(partial(_forward, backend))
-    linear_kd_loss_grad.launcher(backend)(partial(_gradients, backend))
+    linear_kd_loss_forward.launcher(backend)(partial(forward, backend))
+    linear_kd_loss_grad.launcher(backend)(partial(gradients, backend))
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -291,222 +276,6 @@ class _LinearKDLossRows(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-# ---- what runs -----------------------------------------------------------------------------------
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear``, by oneDNN where it would be MKL.
-
-    MKL packs the head anew for each chunk: 79 ms at 256 x 32000 x 768 float32, oneDNN 61 (2 cores,
-    Zen 4). The operator is the one that torch.compile uses.
-    """
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] > 0
-    if onednn and torch.backends.mkldnn.is_available():
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return result
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-class _Head:
-    """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head.
-
-    A 16-bit head is widened block by block on the CPU, whose GEMMs would round their results; on a
-    GPU the library keeps them.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, classes: int) -> None:
-        self.weight = weight[:classes]
-        self.bias = None if bias is None else bias[:classes]
-        self.dtype = _accumulate(weight.dtype)
-        self._whole = weight.dtype == self.dtype
-        self._mixed = weight.is_cuda and not self._whole  # 16-bit in, float32 out
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Hidden states as the GEMMs take them."""
-        return x if self._whole or self._mixed else x.to(self.dtype)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias``."""
-        if self._whole:
-            return _linear(x, self.weight, self.bias)
-        if self._mixed:
-            out = torch.mm(x, self.weight.T, out_dtype=self.dtype)
-        else:
-            out = x.new_empty((x.shape[0], self.weight.shape[0]))
-            for begin, end in self._blocks():
-                torch.mm(x, self.weight[begin:end].to(self.dtype).T, out=out[:, begin:end])
-        if self.bias is not None:
-            out += self.bias.to(self.dtype)
-        return out
-
-    def gradient(self, logits: Tensor) -> Tensor:
-        """The gradient of logits as the GEMMs take it."""
-        return logits.to(self.weight.dtype) if self._mixed else logits
-
-    def hidden(self, grad: Tensor) -> Tensor:
-        """``grad @ weight``, the gradient of the hidden states."""
-        if self._whole:
-            return grad @ self.weight
-        if self._mixed:
-            return torch.mm(grad, self.weight, out_dtype=self.dtype)
-        out = grad.new_zeros((grad.shape[0], self.weight.shape[1]))
-        for begin, end in self._blocks():
-            out.addmm_(grad[:, begin:end], self.weight[begin:end].to(self.dtype))
-        return out
-
-    def add_weight(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
-        """``out += grad.T @ x``; out is float32 (float64)."""
-        if not self._mixed:
-            out[: grad.shape[1]].addmm_(grad.T, x)
-            return
-        for begin, end in self._blocks():
-            out[begin:end] += torch.mm(grad[:, begin:end].T, x, out_dtype=self.dtype)
-
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        step = _HEAD_BLOCK.get(self.weight.device.type, 4096)
-        for begin in range(0, self.weight.shape[0], step):
-            yield begin, min(begin + step, self.weight.shape[0])
-
-
-class _Rows:
-    """The rows of a call, chunk by chunk; on the CPU without those that are not valid."""
-
-    def __init__(self, student: Tensor, labels: Tensor | None, spec: Spec, size: int) -> None:
-        self.count = student.shape[0]
-        self._size = size
-        self._labels = labels
-        self._index: Tensor | None = None
-        self._ignored: Tensor | None = None
-        if labels is None:
-            return
-        if labels.device.type == "cpu":
-            index = torch.nonzero(labels != spec.ignore_index).squeeze(1)
-            if index.numel() < self.count:
-                self._index, self.count = index, index.numel()
-        else:
-            self._ignored = labels == spec.ignore_index
-
-    def chunks(self) -> Iterator[slice]:
-        """At least one, so that there is a loss without rows."""
-        for begin in range(0, max(self.count, 1), self._size):
-            yield slice(begin, min(begin + self._size, self.count))
-
-    def of(self, x: Tensor | None, chunk: slice) -> Tensor | None:
-        """The chunk's rows of a tensor."""
-        if x is None:
-            return None
-        return x[chunk] if self._index is None else x[self._index[chunk]]
-
-    def clean(self, x: Tensor, chunk: slice) -> Tensor:
-        """The chunk's hidden states: an ignored row may hold NaN, and the weight's gradient would
-        meet it.
-        """
-        if self._ignored is None:
-            return self.of(x, chunk)  # type: ignore[return-value]
-        return x[chunk].masked_fill(self._ignored[chunk, None], 0.0)
-
-    def put(self, out: Tensor, chunk: slice, values: Tensor) -> None:
-        """Writes values to the chunk's rows."""
-        if self._index is None:
-            out[chunk] = values.to(out.dtype)
-        else:
-            out[self._index[chunk]] = values.to(out.dtype)
-
-
-class _Call:
-    """A call, resolved: heads, rows, the kernels' numbers."""
-
-    def __init__(
-        self,
-        student: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
-        labels: Tensor | None,
-        row_weights: Tensor | None,
-        denominator: Tensor | None,
-        numbers: Any,
-        chunk_rows: int,
-    ) -> None:
-        spec = Spec.of(numbers)
-        classes = spec.classes if spec.classes >= 0 else student_weight.shape[0]
-        self.spec = spec._replace(classes=-1)
-        self.student_head = _Head(student_weight, student_bias, classes)
-        self.rows = _Rows(student, labels, spec, chunk_rows)
-        self.student, self.teacher = student, teacher if spec.needs_teacher else None
-        self.labels, self.row_weights = labels, row_weights
-        self.denominator = denominator
-        if denominator is None and spec.mean:
-            count = self.rows.count
-            self.denominator = student.new_full((), count, dtype=self.student_head.dtype)
-            if labels is not None and labels.device.type != "cpu":
-                self.denominator = (labels != spec.ignore_index).sum().to(self.student_head.dtype)
-        if self.teacher is not None:
-            assert teacher_weight is not None
-            self.teacher_head = _Head(teacher_weight, teacher_bias, classes)
-
-    def open(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        """The student's hidden states and logits, and what the kernel takes beside them."""
-        x = self.student_head.rows(self.rows.clean(self.student, chunk))
-        logits = self.student_head.logits(x)
-        teacher = None
-        if self.teacher is not None:
-            hidden = self.rows.of(self.teacher, chunk)
-            assert hidden is not None
-            teacher = self.teacher_head.logits(self.teacher_head.rows(hidden))
-        labels = self.rows.of(self.labels, chunk)
-        weights = self.rows.of(self.row_weights, chunk)
-        return x, logits, (teacher, labels, weights, self.denominator, self.spec)
-
-
-def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(*args)
-    loss, parts, rows = _fake(call.student)
-    for total in (loss, parts, rows):
-        total.zero_()
-    for chunk in call.rows.chunks():
-        _, logits, others = call.open(chunk)
-        chunk_loss, chunk_parts, chunk_rows = kd_loss_forward(backend, logits, *others)
-        del logits, others  # before the next chunk's take their place
-        loss += chunk_loss
-        parts += chunk_parts
-        call.rows.put(rows, chunk, chunk_rows)
-    return loss, parts, rows
-
-
-def _gradients(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *args_of_call, wanted = args
-    call = _Call(*args_of_call)
-    student, weight = args[0], args[1]
-    wants_hidden, wants_weight, wants_bias = wanted
-    head = call.student_head
-    loss, parts, hidden_grad, *_ = _fake_grad(student, weight, wanted)
-    loss.zero_()
-    parts.zero_()
-    if call.rows.count < student.shape[0] or student.shape[0] == 0:
-        hidden_grad.zero_()
-    weight_grad = student.new_zeros(weight.shape if wants_weight else (0,), dtype=head.dtype)
-    bias_grad = student.new_zeros(weight.shape[:1] if wants_bias else (0,), dtype=head.dtype)
-    for chunk in call.rows.chunks():
-        x, logits, others = call.open(chunk)
-        chunk_loss, chunk_parts = kd_loss_grad_(backend, logits, *others)
-        del others
-        loss += chunk_loss
-        parts += chunk_parts
-        grad = head.gradient(logits)
-        if wants_hidden:
-            call.rows.put(hidden_grad, chunk, head.hidden(grad))
-        if wants_weight:
-            head.add_weight(grad, x, weight_grad)
-        if wants_bias:
-            bias_grad[: logits.shape[1]] += logits.sum(0)
-        del logits, grad  # before the next chunk's take their place
-    kept = _kept(weight.dtype)
-    return loss, parts, hidden_grad, weight_grad.to(kept), bias_grad.to(kept)
-
-
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -540,15 +309,15 @@ def _prepare(
         _checks.row_vector(op, "labels", labels, rows, (torch.int64,))
         _checks.same_device(op, "labels", labels, device)
         _checks.labels_in_range(op, labels, columns, spec)
-    accumulate = _accumulate(student.dtype)
+    wide = accumulate(student.dtype)
     if row_weights is not None:
         _checks.row_vector(op, "row_weights", row_weights, rows, _checks.FLOAT_DTYPES)
         _checks.same_device(op, "row_weights", row_weights, device)
         _checks.no_grad(op, "row_weights", row_weights)
-        row_weights = row_weights.to(accumulate).contiguous()
+        row_weights = row_weights.to(wide).contiguous()
     if denominator is not None:
         _checks.same_device(op, "denominator", denominator, device)
-        denominator = denominator.to(accumulate)
+        denominator = denominator.to(wide)
     name = _backend.choose(op, device.type, backend, unsupported, student, teacher)
     student_weight, student_bias, teacher_weight, teacher_bias = heads
     return name, (
