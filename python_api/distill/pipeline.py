@@ -1,8 +1,4 @@
-"""The units of work of a run: teacher, its logits, every arm and seed, timing, report.
-
-A unit's result file is written last, so a unit is either complete or done again. Every unit seeds
-itself, so a resumed run gives the same numbers as one that was never stopped.
-"""
+"""A run of the classification objective: teacher, logits, every arm and seed, timing, report."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,15 +16,21 @@ from torch import Tensor
 from kdkernels.api.distill import measure, models, report, results, text, train
 from kdkernels.api.distill.config import DistillConfig
 from kdkernels.api.distill.data import Corpus
-from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.models import Classifier
 from kdkernels.api.distill.progress import Bar, Display
 from kdkernels.api.distill.results import ARMS, TEACHER, unit_name
 from kdkernels.api.distill.store import RunFolder, write_file, write_folder
 from kdkernels.api.distill.train import EvalSet, FitResult, Recipe, Runtime, TrainSet
+from kdkernels.api.distill.units import Unit, Units
 
 # The one teacher is the same whatever the students' seeds.
 TEACHER_SEED = 0
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """What the screen shows of a unit's result."""
+    accuracy = result.get("test_accuracy")
+    return "" if accuracy is None else f"test {accuracy:6.2f} %"
 
 
 class Pipeline:
@@ -59,6 +59,7 @@ class Pipeline:
             "transfer": corpus.transfer or corpus.train.texts,
         }
         self._encoded: dict[tuple[str, str], list[list[int]]] = {}
+        self._units = Units(folder, display, _summary)
 
     def run(self) -> None:
         """Does every unit that is not complete, then writes the report."""
@@ -68,46 +69,21 @@ class Pipeline:
             f"{corpus.source}: {len(corpus.train)} labelled, {len(self.texts['transfer'])} "
             f"transfer, {len(corpus.dev)} dev, {len(corpus.test)} test texts"
         )
-        units: list[tuple[str, str, Callable[[str, Bar], dict[str, Any]]]] = [
-            (TEACHER, TEACHER, self._teacher),
-            ("logits", "teacher's logits", self._logits),
+        units = [
+            Unit(TEACHER, TEACHER, self._teacher),
+            Unit("logits", "teacher's logits", self._logits),
         ]
         for arm, title in ARMS.items():
             for seed in config.seeds:
-                units.append(
-                    (unit_name(arm, seed), f"student, {title}, seed {seed}", self._student)
-                )
-        units.append(("student", "choose the student", self._keep_best))
-        units.append(("speed", "time loss and inference", self._speed))
+                name = unit_name(arm, seed)
+                units.append(Unit(name, f"student, {title}, seed {seed}", self._student))
+        units.append(Unit("student", "choose the student", self._keep_best))
+        units.append(Unit("speed", "time loss and inference", self._speed))
         if config.throughput:
-            units.append(("throughput", "time kd_loss at LM size", self._throughput))
-        with self.display.live(len(units)):
-            for unit, title, work in units:
-                self._do(unit, title, work)
-        done = {unit: self._result(unit) for unit, _, _ in units}
-        found = results.gather(done, config.seeds)
+            units.append(Unit("throughput", "time kd_loss at LM size", self._throughput))
+        found = results.gather(self._units.run(units), config.seeds)
         report.write(self.folder.path, config, found, corpus, self.runtime)
         report.show(self.display.console, self.folder.path, found)
-
-    def _do(self, unit: str, title: str, work: Callable[[str, Bar], dict[str, Any]]) -> None:
-        """Does one unit unless it is complete."""
-        earlier = self.folder.result(unit)
-        if earlier is None:
-            started = time.perf_counter()
-            with self.display.unit(title) as bar:
-                result = work(unit, bar)
-            earlier = {**result, "seconds": time.perf_counter() - started}
-            self.folder.complete(unit, earlier)
-        accuracy = earlier.get("test_accuracy")
-        shown = "" if accuracy is None else f"test {accuracy:6.2f} %"
-        self.display.unit_done(f"{title:<32}{shown:<16}{earlier['seconds']:7.1f} s")
-
-    def _result(self, unit: str) -> dict[str, Any]:
-        """The result of a unit known to be complete."""
-        result = self.folder.result(unit)
-        if result is None:
-            raise DistillError(f"the run must keep state/{unit}.json, got it removed meanwhile")
-        return result
 
     def _check_data(self) -> None:
         """Raises when the texts are not those the run began with."""
@@ -115,13 +91,7 @@ class Pipeline:
         splits = [corpus.train, corpus.dev, corpus.test]
         content = [[split.texts, split.labels] for split in splits] + [corpus.transfer]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        earlier = self.folder.result("data")
-        if earlier is None:
-            self.folder.complete("data", {"sha256": digest})
-        elif earlier["sha256"] != digest:
-            raise DistillError(
-                f"data must be what the run began with, got other texts in {self.config.data}"
-            )
+        self._units.check_data(digest, self.config.data)
 
     @property
     def _saved_teacher(self) -> Path:
@@ -282,7 +252,7 @@ class Pipeline:
     def _keep_best(self, unit: str, bar: Bar) -> dict[str, Any]:
         """Moves the distilled student that did best on dev to ``student/``, drops the others."""
         names = {seed: unit_name("distilled", seed) for seed in self.config.seeds}
-        best = max(names, key=lambda seed: self._result(names[seed])["dev_accuracy"])
+        best = max(names, key=lambda seed: self._units.result(names[seed])["dev_accuracy"])
         source, target = self.folder.state / names[best], self.folder.path / "student"
         # A missing source: a killed process had moved it before it could say so.
         if source.exists():

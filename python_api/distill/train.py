@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ LOG_EVERY = 20
 WEIGHT_DECAY = 0.01
 WARMUP_FRACTION = 0.06
 MAX_GRAD_NORM = 1.0
+
+Step = TypeVar("Step")
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class FitResult:
 
     Attributes:
         seconds: Time in training steps, without evaluations.
-        examples: Texts trained on, counted once per epoch.
-        curve: ``(step, dev accuracy)`` at each evaluation.
+        examples: Texts (blocks of a language model) trained on, counted once per epoch.
+        curve: ``(step, figure)`` at each evaluation on the dev texts.
     """
 
     seconds: float = 0.0
@@ -181,51 +183,90 @@ def fit(
         Timing and the dev curve.
     """
     model.to(runtime.device)
-    schedule = _schedule(sets, recipe)
+
+    def loss_of(step: tuple[TrainSet, list[int]]) -> Tensor:
+        return _batch_loss(model, *step, recipe, runtime, pad_id)
+
+    def evaluate() -> float:
+        return accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
+
+    loop = Loop(loss_of, evaluate, "dev_accuracy", lambda step: len(step[1]), on_event)
+    return run(model, _schedule(sets, recipe), loop, recipe)
+
+
+@dataclass(frozen=True)
+class Loop(Generic[Step]):
+    """What the training loop calls.
+
+    Attributes:
+        loss: The loss of a step, with a gradient.
+        evaluate: The figure of the curve.
+        metric: Its name in events.
+        size: How many examples a step has.
+        on_event: As in :func:`fit`.
+    """
+
+    loss: Callable[[Step], Tensor]
+    evaluate: Callable[[], float]
+    metric: str
+    size: Callable[[Step], int]
+    on_event: Callable[[dict[str, Any]], None]
+
+
+def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> FitResult:
+    """Trains a model in place, whatever the objective: one optimizer step for each of ``steps``.
+
+    Args:
+        model: Any module; parameters that require no gradient stay as they are.
+        steps: What ``loop`` takes, in the order of training.
+        loop: The objective.
+        recipe: Hyperparameters.
+
+    Returns:
+        Timing and the curve.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer, scheduler = make_optimizer(weights, recipe.lr, len(schedule))
-    evaluate_every = max(1, -(-len(schedule) // recipe.evaluations))
-    result = FitResult(steps=len(schedule))
+    optimizer, scheduler = make_optimizer(weights, recipe.lr, len(steps))
+    evaluate_every = max(1, -(-len(steps) // recipe.evaluations))
+    result = FitResult(steps=len(steps))
     torch.manual_seed(recipe.seed)  # dropout; here, because loading a model draws numbers too
-    for step, (train_set, rows) in enumerate(schedule, start=1):
+    for number, step in enumerate(steps, start=1):
         started = time.perf_counter()
-        loss = _train_step(model, train_set, rows, optimizer, recipe, runtime, pad_id)
+        model.train()
+        loss = loop.loss(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
-        event: dict[str, Any] = {"step": step, "steps": len(schedule)}
-        if step % LOG_EVERY == 0 or step == len(schedule):
+        event: dict[str, Any] = {"step": number, "steps": len(steps)}
+        if number % LOG_EVERY == 0 or number == len(steps):
             event |= {"loss": loss.item(), "lr": lr}
         result.seconds += time.perf_counter() - started
-        result.examples += len(rows)
-        if step % evaluate_every == 0 or step == len(schedule):
-            event["dev_accuracy"] = accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
-            result.curve.append((step, event["dev_accuracy"]))
-        on_event(event)
+        result.examples += loop.size(step)
+        if number % evaluate_every == 0 or number == len(steps):
+            event[loop.metric] = loop.evaluate()
+            result.curve.append((number, event[loop.metric]))
+        loop.on_event(event)
     return result
 
 
-def _train_step(
+def _batch_loss(
     model: Any,
     train_set: TrainSet,
     rows: list[int],
-    optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     runtime: Runtime,
     pad_id: int,
 ) -> Tensor:
-    """One optimizer step; returns the detached loss."""
-    model.train()
+    """The loss of one batch of texts."""
     batch = collate(train_set.ids, rows, pad_id, runtime.device)
     labels = None if train_set.labels is None else train_set.labels[rows].to(runtime.device)
     teacher = None if train_set.teacher is None else train_set.teacher[rows].to(runtime.device)
     with runtime.autocast(), runtime.training_attention():
         logits = model(**batch).logits
-    loss = objective(logits.float(), teacher, labels, recipe)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return objective(logits.float(), teacher, labels, recipe)
 
 
 @torch.inference_mode()
