@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import operator
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
 
-from kdkernels.api._files import TEMPORARY_PREFIX, write_file
+from kdkernels.api._files import TEMPORARY_PREFIX, locked, try_lock, write_file
 from kdkernels.api.cache.codec import TopKCodec, estimate_bytes
 from kdkernels.api.cache.manifest import (
     FILE,
@@ -121,7 +118,7 @@ class TeacherCacheWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             # One process after the other, or two could make the manifest or clean up at once.
-            with _locked(self.path / LOCK):
+            with locked(self.path / LOCK):
                 self._open(rows)
         except BaseException:
             self._unlock()
@@ -218,7 +215,7 @@ class TeacherCacheWriter:
         self.close()
 
     def _open(self, rows: int | None) -> None:
-        self._lock = _try_lock(_rank_lock(self.path, self.rank))
+        self._lock = try_lock(_rank_lock(self.path, self.rank))
         if self._lock is None:
             raise ValueError(
                 f"{NAME_OF_CLASS}: rank must be of one process at a time, got {self.rank}, which "
@@ -264,7 +261,7 @@ class TeacherCacheWriter:
             if match[1] is None or int(match[1]) == self.rank:
                 leftover.unlink()
                 continue
-            lock = _try_lock(_rank_lock(self.path, int(match[1])))
+            lock = try_lock(_rank_lock(self.path, int(match[1])))
             if lock is not None:
                 leftover.unlink()
                 lock.close()
@@ -299,21 +296,3 @@ def _plain(example_id: Any) -> ExampleId:
 
 def _rank_lock(folder: Path, rank: int) -> Path:
     return folder / f"{LOCK}-rank{rank:05d}"
-
-
-# Locks go with their process, however it ends.
-def _try_lock(path: Path) -> IO[str] | None:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
