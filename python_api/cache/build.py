@@ -20,6 +20,7 @@ from kdkernels.api.cache.writer import TeacherCacheWriter
 from kdkernels.api.distill import lm_data, lm_models
 from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.progress import Bar, Display
+from kdkernels.api.distill.runner import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def build(options: BuildOptions, console: Console) -> None:
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     device = _device(options.device)
+    quiet_transformers()
 
     def notify(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     # Downloads are for one process; the other ones then find them.
     with locked(folder / ".loading") if world > 1 else nullcontext():
@@ -117,7 +119,7 @@ _TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1}
 @contextmanager
 def _bar(console: Console, count: int) -> Iterator[Bar]:
     display = Display(console)
-    with display.live(1), display.unit("teacher") as bar:
+    with display.live(), display.unit("teacher") as bar:
         bar.total(count)
         yield bar
 
@@ -141,7 +143,7 @@ def _run(
 
 @torch.inference_mode()
 def topk_rows(model: Any, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The k most probable next tokens after each token.
+    """The k most probable next tokens after each token, and how probable they are.
 
     Args:
         model: A transformers causal language model.

@@ -17,6 +17,7 @@ ExampleId = str | int
 NAME = re.compile(r"rank(\d{5})-(\d{6})\.safetensors")
 INDEX = ("examples", "starts", "hashes")
 HASH_BYTES = 16
+METADATA = "kdkernels"
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ def write_shard(path: Path, fingerprint: str, shard: Shard, rows: Any) -> None:
         "hashes": numpy.frombuffer(b"".join(shard.hashes), numpy.uint8).reshape(-1, HASH_BYTES),
         "rows": rows,
     }
-    metadata = {
+    facts = {
         "manifest": fingerprint,
         "index_sha256": _sha256(*(tensors[name] for name in INDEX)),
         "rows_sha256": _sha256(rows),
     }
+    # One entry: safetensors writes several in any order, and equal rows should make equal files.
+    metadata = {METADATA: json.dumps(facts)}
     rank = int(path.name[4:9])
     write_file(
         path, lambda temporary: save_file(tensors, temporary, metadata), temporary_prefix(rank)
@@ -102,13 +105,13 @@ def read_shard(path: Path, fingerprint: str, row_bytes: int) -> Shard:
         ValueError: The file was cut short, its index is damaged, or it is of another cache.
     """
     file = open_shard(path)
-    metadata = file.metadata() or {}
+    facts = _facts(file)
     if set(file.keys()) != {*INDEX, "rows"}:
         raise damaged(path, f"one that holds {sorted(file.keys())}")
-    if metadata.get("manifest") != fingerprint:
+    if facts.get("manifest") != fingerprint:
         raise damaged(path, "one of a cache with another manifest")
     examples, starts, hashes = (file.get_tensor(name) for name in INDEX)
-    if _sha256(examples, starts, hashes) != metadata.get("index_sha256"):
+    if _sha256(examples, starts, hashes) != facts.get("index_sha256"):
         raise damaged(path, "one with another checksum of its index")
     shard = Shard(
         path,
@@ -126,7 +129,7 @@ def verify_shard(path: Path, fingerprint: str, row_bytes: int) -> Shard:
     """Like :func:`read_shard`, and reads all rows to compare their checksum."""
     shard = read_shard(path, fingerprint, row_bytes)
     file = open_shard(path)
-    if _sha256(file.get_tensor("rows")) != (file.metadata() or {}).get("rows_sha256"):
+    if _sha256(file.get_tensor("rows")) != _facts(file).get("rows_sha256"):
         raise damaged(path, "one with another checksum of its rows")
     return shard
 
@@ -154,6 +157,15 @@ def safetensors() -> tuple[Any, Any]:
             f"{error.name}; run `pip install 'kdkernels[cache]'`"
         ) from error
     return safe_open, save_file
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    """What a shard says about itself; nothing where that is damaged, which then fits nothing."""
+    try:
+        facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _sha256(*arrays: Any) -> str:
