@@ -68,8 +68,13 @@ def _measure(
         prepare(1 if name == "compile" else 0)()
         call = prepare(1)
         gc.collect()
-        found[name] = _peak_cuda(call) if setting.device == "cuda" else resident_peak(call)
+        found[name] = peak(call, setting.device)
     return found
+
+
+def peak(call: Callable[[], object], device: str) -> int:
+    """Bytes by which a call raises the peak over what is held now; see the module for the CPU."""
+    return _peak_cuda(call) if device == "cuda" else resident_peak(call)
 
 
 def _peak_cuda(call: Callable[[], object]) -> int:

@@ -1,4 +1,4 @@
-"""``kdkernels distill``: fine-tune a teacher, distil it, compare."""
+"""``kdkernels distill``: fine-tune a teacher, or take a language model, distil it, compare."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ EXIT_INTERRUPTED = 130
 
 # Every option is None unless given: the defaults depend on --data and --quick, and a resumed run
 # compares only what was given. Defaults are therefore written into the help texts.
-Name = Annotated[str | None, typer.Option(help="Name of the run [default: demo].")]
+LM = "Language models (--objective lm)"
+CLASSIFICATION = "Classification"
+
+Objective = Annotated[
+    str | None,
+    typer.Option(help="classification, or lm: a causal language model [default: classification]."),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the run [default: demo; lm: lm].")]
 Out = Annotated[str | None, typer.Option(help="Folder of all runs [default: runs].")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
 Quick = Annotated[
@@ -21,44 +28,79 @@ Data = Annotated[
     str | None,
     typer.Option(
         help="Your texts, .csv or .jsonl: columns text, label (empty: unlabelled transfer text) "
-        "and optionally split (train, dev, test, transfer)."
+        "and optionally split (train, dev, test, transfer). lm: a UTF-8 text file, whose last "
+        "tenth is held out, or wikitext-2 [default there]."
     ),
 ]
-Teacher = Annotated[str | None, typer.Option(help="Your teacher, a transformers folder.")]
-Student = Annotated[str | None, typer.Option(help="Your student, a transformers folder.")]
+Teacher = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=CLASSIFICATION, help="Your teacher, a transformers folder."),
+]
+Student = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=CLASSIFICATION, help="Your student, a transformers folder."),
+]
 StudentLayers = Annotated[
-    str | None, typer.Option(help="Layers of the teacher the student is cut from [default: 0,5].")
+    str | None,
+    typer.Option(
+        rich_help_panel=CLASSIFICATION,
+        help="Layers of the teacher the student is cut from [default: 0,5].",
+    ),
 ]
 Labels = Annotated[
-    int | None, typer.Option(help="Labelled training texts [default: 2000; own data: all].")
+    int | None,
+    typer.Option(
+        rich_help_panel=CLASSIFICATION,
+        help="Labelled training texts [default: 2000; own data: all].",
+    ),
 ]
 Transfer = Annotated[
-    int | None, typer.Option(help="Unlabelled transfer texts [default: 10000; own data: all].")
+    int | None,
+    typer.Option(
+        rich_help_panel=CLASSIFICATION,
+        help="Unlabelled transfer texts [default: 10000; own data: all].",
+    ),
 ]
-Seeds = Annotated[str | None, typer.Option(help="Seeds of the students [default: 0,1,2].")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds of the students [default: 0,1,2; lm: 0].")]
 Temperature = Annotated[
-    float | None, typer.Option(help="Temperature of the distillation loss [default: 2].")
+    float | None, typer.Option(help="Temperature of the distillation loss [default: 2; lm: 1].")
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Weight of distillation; below 1 labelled texts join in [default: 1]."),
+    typer.Option(help="Weight of distillation; the labels have the rest [default: 1; lm: 0.5]."),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Epochs over the transfer texts [default: 2].")]
+Epochs = Annotated[
+    int | None, typer.Option(help="Epochs over the transfer texts [default: 2; lm: 1].")
+]
 LabelEpochs = Annotated[
-    int | None, typer.Option(help="Epochs of the labels-only student [default: 3].")
+    int | None,
+    typer.Option(
+        rich_help_panel=CLASSIFICATION, help="Epochs of the labels-only student [default: 3]."
+    ),
 ]
 TeacherEpochs = Annotated[
     int | None,
-    typer.Option(help="Epochs of fine-tuning the teacher; 0 uses it as it is [default: 3]."),
+    typer.Option(
+        rich_help_panel=CLASSIFICATION,
+        help="Epochs of fine-tuning the teacher; 0 uses it as it is [default: 3].",
+    ),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate of the students [default: 4e-4].")
+    float | None, typer.Option(help="Peak learning rate of the students [default: 4e-4; lm: 3e-3].")
 ]
 TeacherLearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate of the teacher [default: 1e-4].")
+    float | None,
+    typer.Option(
+        rich_help_panel=CLASSIFICATION, help="Peak learning rate of the teacher [default: 1e-4]."
+    ),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Texts per step [default: 32].")]
-MaxLength = Annotated[int | None, typer.Option(help="Longest text in tokens [default: 128].")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Texts per step; lm: blocks of tokens [default: 32; lm: 2].")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=CLASSIFICATION, help="Longest text in tokens [default: 128]."),
+]
 TrainEmbeddings = Annotated[
     bool, typer.Option("--train-embeddings", help="Train the embeddings too (slower).")
 ]
@@ -69,12 +111,68 @@ Throughput = Annotated[
     bool | None,
     typer.Option(
         "--throughput/--no-throughput",
+        rich_help_panel=CLASSIFICATION,
         help="Time the loss at language-model vocabularies [default: yes; with --quick: no].",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=LM,
+        help="The teacher: a transformers folder, or smollm2-135m (downloaded) [default].",
+    ),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=LM, help="First layers of the teacher that make a student [default: 4]."
+    ),
+]
+SeqLen = Annotated[
+    int | None, typer.Option(rich_help_panel=LM, help="Tokens of a block [default: 128].")
+]
+Tokens = Annotated[
+    int | None, typer.Option(rich_help_panel=LM, help="Training tokens [default: 40960].")
+]
+EvalTokens = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=LM, help="Test tokens; a quarter of it on dev text [default: 8192]."
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=LM, help="Classes a token in the teacher's cache [default: 64]."),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=LM,
+        help="Folder of the teacher's cache, also one by kdkernels cache build; what it lacks is "
+        "added [default: in the run].",
+    ),
+]
+Route = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=LM,
+        help="hidden: losses from hidden states and heads; logits: from full logits "
+        "[default: hidden].",
+    ),
+]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full",
+        rich_help_panel=LM,
+        help="For a GPU: all of the text in blocks of 512, 16 a step, 3 epochs, lr 1e-3, "
+        "embeddings trained.",
     ),
 ]
 
 
 def distill(
+    objective: Objective = None,
     name: Name = None,
     out: Out = None,
     resume: Resume = False,
@@ -100,11 +198,22 @@ def distill(
     device: Device = None,
     threads: Threads = None,
     throughput: Throughput = None,
+    model: Model = None,
+    layers: Layers = None,
+    seq_len: SeqLen = None,
+    tokens: Tokens = None,
+    eval_tokens: EvalTokens = None,
+    top_k: TopK = None,
+    cache: Cache = None,
+    route: Route = None,
+    full: Full = False,
 ) -> None:
     """Fine-tune a real teacher, distil it into a small student, and compare.
 
     Without options, a pretrained encoder and a sentiment task are downloaded once and three small
     students per arm are trained: on labels only, on the teacher's hard labels, by distillation.
+    With --objective lm, SmolLM2-135M's first layers are trained on WikiText-2: on the text alone,
+    from the live teacher, and from its cached top-k.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -112,6 +221,7 @@ def distill(
     # A flag that was not set is an option that was not given.
     options["quick"] = quick or None
     options["train_embeddings"] = train_embeddings or None
+    options["full"] = full or None
     _run({key: value for key, value in options.items() if value is not None}, resume)
 
 

@@ -37,7 +37,8 @@ class LmConfig(RunConfig):
     objective: ClassVar[str] = "lm"
 
     name: str = "lm"
-    lr: float = 2e-3
+    alpha: float = 0.5
+    lr: float = 3e-3
     batch_size: int = 2
     model: str = SMOLLM2_NAME
     layers: int = 4

@@ -82,9 +82,14 @@ def make_student(teacher: Any, layers: int) -> Any:
         teacher: A transformers causal language model.
         layers: How many layers.
     """
+    check_layers(teacher, layers)
+    return models.cut_model(teacher, range(layers))
+
+
+def check_layers(teacher: Any, layers: int) -> None:
+    """Raises ``DistillError`` unless the teacher has that many layers."""
     depth = teacher.config.num_hidden_layers
     require(1 <= layers <= depth, "layers", f"lie in 1..{depth} for this teacher", layers)
-    return models.cut_model(teacher, range(layers))
 
 
 def last_hidden(model: Any, input_ids: Tensor) -> Tensor:
@@ -105,6 +110,12 @@ def head_of(model: Any) -> Head:
     """The model's head."""
     layer = model.get_output_embeddings()
     return Head(layer.weight, getattr(layer, "bias", None))
+
+
+def freeze_embeddings(model: Any) -> None:
+    """Stops training the embedding and the head, tied or not: two thirds of a small student."""
+    model.get_input_embeddings().requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -16,6 +16,10 @@ COLOURS = {
     "labels": "#E69F00",
     "hard": "#56B4E9",
     "distilled": "#009E73",
+    # Of the language-model objective.
+    "ce": "#E69F00",
+    "live": "#009E73",
+    "cached": "#56B4E9",
 }
 
 

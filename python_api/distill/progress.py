@@ -82,6 +82,8 @@ class Bar:
             self._detail["loss"] = f"{event['loss']:.3f}"
         if "dev_accuracy" in event:
             self._detail["dev"] = f"{event['dev_accuracy']:.1f}%"
+        if "dev_perplexity" in event:
+            self._detail["dev"] = f"{event['dev_perplexity']:.1f}"
         detail = " ".join(f"{key} {value}" for key, value in self._detail.items())
         self._progress.update(
             self._task, total=event["steps"], completed=event["step"], detail=detail

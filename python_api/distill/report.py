@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from kdkernels.api.distill import fetch, plot
 from kdkernels.api.distill.config import DistillConfig, to_yaml
 from kdkernels.api.distill.data import Corpus
 from kdkernels.api.distill.results import TEACHER, Results, Row
 from kdkernels.api.distill.store import write_file, write_text
+from kdkernels.api.distill.tables import markdown_table, rich_table, versions
 from kdkernels.api.distill.train import Runtime
 
 # Two lines each, so that the table fits a terminal of 80 columns.
@@ -30,7 +26,6 @@ COLUMNS = (
     "fused\nloss, µs",
     "eager\nloss, µs",
 )
-PACKAGES = ("kdkernels", "torch", "transformers", "tokenizers", "safetensors", "matplotlib", "rich")
 LOSS_NOTE = (
     "Loss: one forward and backward pass at the shape of a training step ({rows} x {classes} "
     "logits), median."
@@ -75,31 +70,16 @@ def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _rich_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
 def show(console: Console, folder: Path, found: Results) -> None:
     """Prints the tables and where everything lies."""
     seeds = len(found.rows[-1].accuracies)
     title = f"the teacher, and students trained three ways (seeds: {seeds})"
-    console.print(_rich_table(title, COLUMNS, [_cells(row) for row in found.rows]))
+    console.print(rich_table(title, COLUMNS, [_cells(row) for row in found.rows]))
     for sentence in findings(found):
         console.print(sentence, highlight=False)
     if found.throughput:
         columns, lines = _generic(found.throughput)
-        console.print(_rich_table("kd_loss at language-model vocabularies", columns, lines))
+        console.print(rich_table("kd_loss at language-model vocabularies", columns, lines))
     console.print(f"student: {folder / 'student'}\nreport:  {folder / 'report.md'}", markup=False)
 
 
@@ -107,23 +87,6 @@ def _generic(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
     """Columns and lines of a table whose columns are the keys of its rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return columns, [[_value(row.get(column, "")) for column in columns] for row in rows]
-
-
-def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    header = [column.replace("\n", " ") for column in columns]
-    rule = ["---", *("---:" for _ in columns[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
-
-
-def _machine(runtime: Runtime) -> str:
-    """The machine and precision, one line."""
-    name = (
-        torch.cuda.get_device_name(runtime.device)
-        if runtime.device.type == "cuda"
-        else f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, "
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
-    return f"{name}; {'bf16 autocast' if runtime.bf16 else 'fp32'}; {platform.system()}"
 
 
 def _licences(config: DistillConfig) -> list[str]:
@@ -147,7 +110,7 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
     note = LOSS_NOTE.format(rows=config.batch_size, classes=len(corpus.label_names))
     parts = [
         f"# Distillation run `{config.name}`",
-        _markdown_table(COLUMNS, [_cells(row) for row in found.rows]),
+        markdown_table(COLUMNS, [_cells(row) for row in found.rows]),
         f"The students are one model trained three ways: on the labels only, on the teacher's hard "
         f"labels of the transfer texts, and by distillation from its soft ones. Mean and standard "
         f"deviation over seeds {seeds}; the teacher was fine-tuned once. {note}",
@@ -157,7 +120,7 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
     ]
     if found.throughput:
         parts.append("## kd_loss at language-model vocabularies")
-        parts.append(_markdown_table(*_generic(found.throughput)))
+        parts.append(markdown_table(*_generic(found.throughput)))
     parts += [
         "## Data",
         f"{corpus.source}. Labels: {', '.join(corpus.label_names)}. {len(corpus.train):,} labelled "
@@ -168,13 +131,11 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",
         "## Time",
-        _markdown_table(
+        markdown_table(
             ("phase", "seconds"), [(name, f"{s:.1f}") for name, s in found.phases.items()]
         ),
         "## Versions",
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        + f". {_machine(runtime)}.",
+        versions(runtime),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

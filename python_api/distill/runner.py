@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from rich.console import Console
 
 from kdkernels.api.distill import config as configs
 from kdkernels.api.distill import fetch, models
-from kdkernels.api.distill.config import DistillConfig
+from kdkernels.api.distill.config import DistillConfig, RunConfig
 from kdkernels.api.distill.data import Corpus, Limits
 from kdkernels.api.distill.errors import require
+from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.pipeline import Pipeline
 from kdkernels.api.distill.progress import Display
@@ -45,22 +46,53 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     display = Display(console)
-    corpus = load_corpus(config, display)
-    teacher = Path(config.teacher) if config.teacher else fetch.teacher_folder(display.note)
-    check_models(config, teacher)
-    corpus = match_labels(config, teacher, corpus)
     folder = RunFolder(config.folder)
+    if isinstance(config, LmConfig):
+        work = prepare_lm(config, folder, runtime, display)
+    else:
+        assert isinstance(config, DistillConfig)
+        work = prepare_classification(config, folder, runtime, display)
     try:
         if not folder.config_file.is_file():
             folder.create(configs.to_yaml(config))
         with folder.locked():
-            Pipeline(config, folder, runtime, display, corpus, teacher).run()
+            work()
     except Exception as error:
         sentence = disk_error(error, config.folder)
         if sentence is None:
             raise
         raise sentence from error
     return config.folder
+
+
+def prepare_classification(
+    config: DistillConfig, folder: RunFolder, runtime: Runtime, display: Display
+) -> Callable[[], None]:
+    """Gathers what the run needs, before it has a folder; returns the run."""
+    corpus = load_corpus(config, display)
+    teacher = Path(config.teacher) if config.teacher else fetch.teacher_folder(display.note)
+    check_models(config, teacher)
+    corpus = match_labels(config, teacher, corpus)
+    return Pipeline(config, folder, runtime, display, corpus, teacher).run
+
+
+def prepare_lm(
+    config: LmConfig, folder: RunFolder, runtime: Runtime, display: Display
+) -> Callable[[], None]:
+    """Gathers what the run needs, before it has a folder; returns the run."""
+    from kdkernels.api.distill import lm_models
+    from kdkernels.api.distill.lm_pipeline import LmPipeline, load_blocks
+
+    teacher, tokenizer = lm_models.load_causal_lm(config.model, display.note)
+    lm_models.check_layers(teacher, config.layers)
+    vocab = len(lm_models.head_of(teacher).weight)
+    require(config.top_k <= vocab, "top-k", f"be at most {vocab}, the classes", config.top_k)
+    longest = getattr(teacher.config, "max_position_embeddings", config.seq_len)
+    contract = f"be at most {longest} for this teacher"
+    require(config.seq_len <= longest, "seq-len", contract, config.seq_len)
+    lm_models.check_head(teacher, "model")
+    blocks = load_blocks(config, tokenizer, display)
+    return LmPipeline(config, folder, runtime, display, teacher, tokenizer, blocks).run
 
 
 def quiet_transformers() -> None:
@@ -73,24 +105,26 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def open_config(given: Mapping[str, Any], resume: bool) -> DistillConfig:
+def open_config(given: Mapping[str, Any], resume: bool) -> RunConfig:
     """The configuration of the run; what is on disk must fit what the user asks for."""
-    config = configs.make_config(given)
     if not resume:
+        config = configs.make_config(given)
         contract = "name a run that does not exist yet (--resume continues one)"
         require(not config.folder.exists(), "name", contract, config.folder)
         return config
-    require(config.folder.is_dir(), "resume", "continue a run that exists", config.folder)
-    file = RunFolder(config.folder).config_file
-    if not file.is_file():
-        return config  # killed before it had begun
-    stored = configs.from_yaml(file.read_text(encoding="utf-8"))
+    kind = configs.config_class(given.get("objective", DistillConfig.objective))
+    name, out = given.get("name", kind.name), given.get("out", kind.out)
+    folder = RunFolder(Path(out) / name)
+    require(folder.path.is_dir(), "resume", "continue a run that exists", folder.path)
+    if not folder.config_file.is_file():
+        return configs.make_config(given)  # killed before it had begun
+    stored = configs.from_yaml(folder.config_file.read_text(encoding="utf-8"))
     configs.check_same(stored, given)
-    configs.validate(stored)
-    return dataclasses.replace(stored, name=config.name, out=config.out)
+    stored.validate()
+    return dataclasses.replace(stored, name=name, out=out)
 
 
-def choose_runtime(config: DistillConfig) -> Runtime:
+def choose_runtime(config: RunConfig) -> Runtime:
     """Device and precision: bf16 where the processor computes in it, fp32 elsewhere."""
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "device", "be available", "cuda without a usable GPU")

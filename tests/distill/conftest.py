@@ -115,3 +115,81 @@ def finished(
 def finished_copy(finished: Path, tmp_path: Path) -> Path:
     """A finished run to change, in ``runs`` of the test's folder."""
     return shutil.copytree(finished, tmp_path / "runs" / "small")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 600 lines; what follows a word depends on it."""
+    source = random.Random(0)
+    words = [*GOOD, *BAD, *NEUTRAL]
+    after = {word: source.sample(words, 3) for word in words}
+    lines = []
+    for _ in range(600):
+        line = [source.choice(words)]
+        while len(line) < 12:
+            line.append(source.choice(after[line[-1]]))
+        lines.append(" ".join(line))
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six layers with a tied head, trained a little on the text, as a folder."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "lm"
+    pairs = Tokenizer(BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    pairs.train([str(tiny_text)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    ids = tokenizer(tiny_text.read_text(), return_tensors="pt")["input_ids"][0]
+    blocks = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in blocks[:192].split(16):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_lm_run(tiny_lm: Path, tiny_text: Path) -> list[str]:
+    """Options of a run of the language-model objective; the name comes last."""
+    options = ["--objective", "lm", "--model", str(tiny_lm), "--data", str(tiny_text)]
+    options += ["--layers", "2", "--seq-len", "32", "--tokens", "4096", "--eval-tokens", "512"]
+    options += ["--batch-size", "8", "--epochs", "2", "--top-k", "16", "--lr", "3e-3", "--quick"]
+    return [*options, "--precision", "fp32", "--train-embeddings", "--name", "small"]
+
+
+@pytest.fixture(scope="session")
+def finished_lm(
+    invoke: Callable[..., Result], small_lm_run: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run; copy it to change it."""
+    out = tmp_path_factory.mktemp("finished-lm")
+    done = invoke(*small_lm_run, "--out", out)
+    assert done.exit_code == 0, done.output
+    return out / "small"
