@@ -13,17 +13,21 @@ from kdkernels.api.functional import (
     kd_loss,
     label_smoothing_loss,
     linear_kd_loss,
+    linear_topk_kd_loss,
     multi_teacher_kd_loss,
     tfkd_reg_loss,
     tfkd_self_loss,
+    topk_kd_loss,
 )
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
     KDLoss,
     LabelSmoothingLoss,
     LinearKDLoss,
+    LinearTopKKDLoss,
     TfKDRegLoss,
     TfKDSelfLoss,
+    TopKKDLoss,
 )
 
 __all__ = [
@@ -32,10 +36,12 @@ __all__ = [
     "KDParts",
     "LabelSmoothingLoss",
     "LinearKDLoss",
+    "LinearTopKKDLoss",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",
     "TfKDSelfLoss",
+    "TopKKDLoss",
     "available_backends",
     "cache",
     "compat",
@@ -45,9 +51,11 @@ __all__ = [
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",
+    "linear_topk_kd_loss",
     "multi_teacher_kd_loss",
     "nn",
     "tfkd_reg_loss",
     "tfkd_self_loss",
+    "topk_kd_loss",
     "use_backend",
 ]

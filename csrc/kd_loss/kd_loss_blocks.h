@@ -40,7 +40,9 @@ struct Ahead {
 template <Divergence D>
 constexpr bool kHasTeacher = Divergence::kForwardKl <= D && D <= Divergence::kTvd;
 template <Divergence D>
-constexpr bool kStudentExpectation = D == Divergence::kReverseKl || D == Divergence::kNegEntropy;
+constexpr bool kOwnEntropy = D == Divergence::kNegEntropy || D == Divergence::kListedEntropy;
+template <Divergence D>
+constexpr bool kStudentExpectation = D == Divergence::kReverseKl || kOwnEntropy<D>;
 template <Divergence D>
 constexpr bool kTwoStage = D == Divergence::kJsd || D == Divergence::kTvd;
 
@@ -76,7 +78,7 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
       student_ce += e1;
       if constexpr (kKeep) store(c + i, e1);
     }
-    if constexpr (D == Divergence::kNegEntropy) {
+    if constexpr (kOwnEntropy<D>) {
       cross = select(student_live, fma(es, ds, cross), cross);
       if constexpr (kKeep) store(b + i, ds);
     }
@@ -103,7 +105,7 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
   sums.student += sum(student);
   if constexpr (M != Softmax::kShared) sums.student_ce += sum(student_ce);
   if constexpr (kHasTeacher<D>) sums.teacher += sum(teacher);
-  if constexpr (kHasTeacher<D> || D == Divergence::kNegEntropy) sums.cross += sum(cross);
+  if constexpr (kHasTeacher<D> || kOwnEntropy<D>) sums.cross += sum(cross);
 }
 
 // Sum and number of the logits that are not -inf: for smoothing and the virtual teacher.

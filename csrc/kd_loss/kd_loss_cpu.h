@@ -19,6 +19,9 @@ struct KdLossCall {
   const char* teacher;  // [rows, >= classes], or null
   char* grad;           // [rows, columns], or null: loss only
   int64_t student_stride, teacher_stride, grad_stride;
+  const int64_t* topk_ids;  // [rows, topk], of a sparse teacher
+  const float* topk_logprobs;
+  int64_t topk;
   const int64_t* labels;     // [rows], or null
   const float* row_weights;  // [rows], or null
   double scale;              // 1 / denominator

@@ -39,7 +39,9 @@ enum class Heat { kSame, kSquared, kOther };
 struct RowNumbers {
   LogitRule student, teacher;
   Heat heat;
-  bool want_ce, want_z, want_sums;  // sums: over the live logits, for smoothing and SPIKE
+  bool want_ce, want_z, want_sums;  // sums: over the live logits, for smoothing, SPIKE, UNIFORM
+  bool reverse;                     // which KL from a list
+  Tail tail;                        // of a list
   float temperature, beta, one_minus_beta;
   float ce_weight, kd_weight, z_loss, smoothing;
 };
@@ -105,6 +107,8 @@ template <Divergence kD>
 struct RowMath {
   static constexpr bool kTeacher = Divergence::kForwardKl <= kD && kD <= Divergence::kTvd;
   static constexpr bool kMiddle = has_middle_pass(kD);
+  static constexpr bool kEntropy =
+      kD == Divergence::kNegEntropy || kD == Divergence::kListedEntropy;
 
   // ---- first pass: maxima, sums, expectations -----------------------------------------------
 
@@ -121,7 +125,7 @@ struct RowMath {
       s.cross = ft > 0.0f ? ft * fmaf(s.teacher_sum, ds, s.cross) : 0.0f;
     } else if constexpr (kD == Divergence::kReverseKl) {
       s.cross = fs > 0.0f ? fs * fmaf(s.student_sum, ds - dt, s.cross) : 0.0f;
-    } else if constexpr (kD == Divergence::kNegEntropy) {
+    } else if constexpr (kEntropy) {
       s.cross = fs > 0.0f ? fs * fmaf(s.student_sum, ds, s.cross) : 0.0f;
     }
     s.student_sum = __fmul_rn(s.student_sum, fs);
@@ -164,7 +168,7 @@ struct RowMath {
         } else if constexpr (kD == Divergence::kReverseKl) {
           if (es > 0.0f) s.cross = fmaf(es, as - at, s.cross);
         }
-      } else if constexpr (kD == Divergence::kNegEntropy) {
+      } else if constexpr (kEntropy) {
         if (es > 0.0f) s.cross = fmaf(es, as, s.cross);
       }
     }
@@ -188,11 +192,16 @@ struct RowMath {
     }
   }
 
+  // Makes room for a logit that is met by itself.
+  __device__ static __forceinline__ void raise(const RowNumbers& n, RowStats& s, float z) {
+    if (z > s.student_max) rebase(n, s, z, s.teacher_max);
+  }
+
   __device__ static __forceinline__ RowStats across_warp(const RowNumbers& n, RowStats s) {
     rebase(n, s, warp_max(s.student_max), kTeacher ? warp_max(s.teacher_max) : kLowest);
     s.student_sum = warp_sum(s.student_sum);
     if constexpr (kTeacher) s.teacher_sum = warp_sum(s.teacher_sum);
-    if constexpr (kD != Divergence::kNone && kD != Divergence::kSpike && !kMiddle) {
+    if constexpr (kTeacher ? !kMiddle : kEntropy) {
       s.cross = warp_sum(s.cross);
     }
     if (n.heat != Heat::kSame) s.hard_sum = warp_sum(s.hard_sum);
@@ -321,6 +330,7 @@ struct RowMath {
     float hard;              // of the exponentials at temperature 1, in CE and z-loss
     float spread;            // off every live class
     float label;             // off the label's class
+    float list, smoothing;   // of D's gradient, and off, a listed class
   };
 
   // The constants of the gradient of `factor * row`.
@@ -332,7 +342,7 @@ struct RowMath {
     g.student = soft / s.student_sum;
     if constexpr (kD == Divergence::kForwardKl || kD == Divergence::kSoftCe) {
       g.teacher = soft / s.teacher_sum;
-    } else if constexpr (kD == Divergence::kReverseKl || kD == Divergence::kNegEntropy) {
+    } else if constexpr (kD == Divergence::kReverseKl || kEntropy) {
       g.student *= kLn2;
     } else if constexpr (kD == Divergence::kJsd) {
       g.student *= kLn2 * n.one_minus_beta;
@@ -343,6 +353,8 @@ struct RowMath {
     g.hard = (ce + (n.want_z ? 2.0f * factor * n.z_loss * lse : 0.0f)) / hard_sum;
     g.spread = soft * share + (n.smoothing != 0.0f ? ce * n.smoothing / s.live : 0.0f);
     g.label = soft * (at_label - share) + ce * (1.0f - n.smoothing);
+    g.list = soft;
+    g.smoothing = g.spread;
     return g;
   }
 
@@ -363,7 +375,7 @@ struct RowMath {
         out[i] = __fsub_rn(__fmul_rn(g.student, es), __fmul_rn(g.teacher, exp2_approx(at)));
       } else if constexpr (kD == Divergence::kReverseKl) {
         out[i] = es > 0.0f ? g.student * es * ((as - at) - expectation) : 0.0f;
-      } else if constexpr (kD == Divergence::kNegEntropy) {
+      } else if constexpr (kEntropy) {
         out[i] = es > 0.0f ? g.student * es * (as - expectation) : 0.0f;
       } else if constexpr (kD == Divergence::kJsd) {
         const float d = clamped((at - as) - (teacher_log - student_log));
@@ -373,7 +385,7 @@ struct RowMath {
         const float pt = __fmul_rn(exp2_approx(at), per_teacher);
         const float sign = ps > pt ? 1.0f : ps < pt ? -1.0f : 0.0f;
         out[i] = g.student * es * (sign - expectation);
-      } else if constexpr (kD == Divergence::kSpike) {
+      } else if constexpr (kD == Divergence::kSpike || kD == Divergence::kListed) {
         out[i] = g.student * es;
       } else {
         out[i] = 0.0f;

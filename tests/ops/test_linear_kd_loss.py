@@ -14,10 +14,10 @@ from helpers.budget import assert_within_budget
 from torch import Tensor
 
 import kdkernels
+from kdkernels.ops._shared import chunks
 from kdkernels.ops.kd_loss import Divergence, Spec
 from kdkernels.ops.linear_kd_loss import (
     Heads,
-    chunks,
     linear_kd_loss,
     linear_kd_loss_rows,
     plan_chunk_rows,
