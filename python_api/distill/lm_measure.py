@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def routes(shape: Shape, runtime: Runtime) -> list[dict[str, Any]]:
     Raises:
         DistillError: The routes disagree; a wrong loss is not timed.
     """
-    memory = {name: _peak(shape, runtime, name) for name in _names()}
+    memory = _peaks(shape, runtime)
     losses = make_losses(shape, runtime)
     _agree(losses, runtime)
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in losses}
@@ -184,19 +185,23 @@ def _synchronize(runtime: Runtime) -> None:
         torch.cuda.synchronize()
 
 
-def _peak(shape: Shape, runtime: Runtime, name: tuple[str, str]) -> int | None:
-    """Bytes above the inputs; on a CPU in a process of its own, where nothing was freed before."""
+def _peaks(shape: Shape, runtime: Runtime) -> dict[tuple[str, str], int | None]:
+    """Bytes above the inputs by loss and route; None where the system does not tell."""
+    names = _names()
     if runtime.device.type == "cuda":
-        return _peak_here(shape, runtime, name)
-    request = {"shape": dataclasses.asdict(shape), "threads": torch.get_num_threads(), "name": name}
+        return {name: _peak_here((shape, runtime, name)) for name in names}
+    request = {"shape": dataclasses.asdict(shape), "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "kdkernels.api.distill.lm_measure", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(done.stdout) if done.returncode == 0 else None
+    if done.returncode != 0:
+        return dict.fromkeys(names)
+    return dict(zip(names, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def _peak_here(shape: Shape, runtime: Runtime, name: tuple[str, str]) -> int:
+def _peak_here(given: tuple[Shape, Runtime, tuple[str, str]]) -> int:
     from kdkernels.bench.memory import peak
 
+    shape, runtime, name = given
     # Libraries and code are loaded on a small input.
     small = dataclasses.replace(shape, rows=2, vocab=64, top_k=2)
     make_losses(small, runtime)[name]().backward()
@@ -206,9 +211,18 @@ def _peak_here(shape: Shape, runtime: Runtime, name: tuple[str, str]) -> int:
 
 
 def _main(request: dict[str, Any]) -> None:
-    torch.set_num_threads(request["threads"])
-    runtime = Runtime(torch.device("cpu"), bf16=False)
-    print(_peak_here(Shape(**request["shape"]), runtime, tuple(request["name"])))
+    """Prints the peak of each loss, each in a process where nothing was allocated before.
+
+    They are forked from this one, which has imported everything and computed nothing: threads of
+    a thread pool would not survive a fork.
+    """
+    shape, runtime = Shape(**request["shape"]), Runtime(torch.device("cpu"), bf16=False)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(
+        1, torch.set_num_threads, (request["threads"],), maxtasksperchild=1
+    ) as workers:
+        tasks = [(shape, runtime, name) for name in _names()]
+        print(json.dumps(workers.map(_peak_here, tasks, chunksize=1)))
 
 
 if __name__ == "__main__":
