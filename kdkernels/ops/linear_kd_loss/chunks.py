@@ -41,7 +41,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-class _Head:
+class Head:
     """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head.
 
     A 16-bit head is widened block by block on the CPU, whose GEMMs would round their results; on a
@@ -167,7 +167,7 @@ class _Call:
         spec = Spec.of(numbers)
         classes = spec.classes if spec.classes >= 0 else student_weight.shape[0]
         self.spec = spec._replace(classes=-1)
-        self.student_head = _Head(student_weight, student_bias, classes)
+        self.student_head = Head(student_weight, student_bias, classes)
         self.rows = _Rows(student, labels, spec, chunk_rows)
         self.student, self.teacher = student, teacher if spec.needs_teacher else None
         self.labels, self.row_weights = labels, row_weights
@@ -179,7 +179,7 @@ class _Call:
                 self.denominator = (labels != spec.ignore_index).sum().to(self.student_head.dtype)
         if self.teacher is not None:
             assert teacher_weight is not None
-            self.teacher_head = _Head(teacher_weight, teacher_bias, classes)
+            self.teacher_head = Head(teacher_weight, teacher_bias, classes)
 
     def open(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """The student's hidden states and logits, and what the kernel takes beside them."""

@@ -294,7 +294,7 @@ def _prepare(
     student, teacher, heads = _autocast(student, teacher, heads)
     _checks.float_matrix(op, "student", student)
     rows, device = student.shape[0], student.device
-    _check_head(op, "student", student, heads.student_weight, heads.student_bias)
+    _checks.head(op, "student_", student, heads.student_weight, heads.student_bias)
     columns = heads.student_weight.shape[0]
     classes = columns if spec.classes < 0 else spec.classes
     if classes > columns:
@@ -348,27 +348,6 @@ def _autocast(
     return cast(student), cast(teacher), Heads(*(cast(x) for x in heads))
 
 
-def _check_head(op: str, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _checks.float_matrix(op, f"{model}_weight", weight)
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{op}: {model}_weight must be [vocab, {hidden.shape[1]}] for hidden states "
-            f"{list(hidden.shape)}, got {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: {model}_bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, x in ((f"{model}_weight", weight), (f"{model}_bias", bias)):
-        if x is None:
-            continue
-        _checks.same_device(op, name, x, hidden.device)
-        if x.dtype != hidden.dtype:
-            raise TypeError(
-                f"{op}: {name} must have the dtype of the hidden states "
-                f"{str(hidden.dtype).removeprefix('torch.')}, got "
-                f"{str(x.dtype).removeprefix('torch.')}"
-            )
-
-
 def _check_teacher(
     op: str, student: Tensor, teacher: Tensor, heads: Heads, spec: Spec, classes: int
 ) -> None:
@@ -381,7 +360,7 @@ def _check_teacher(
         )
     if heads.teacher_weight is None:
         raise ValueError(f"{op}: teacher_weight must be given with a teacher, got None")
-    _check_head(op, "teacher", teacher, heads.teacher_weight, heads.teacher_bias)
+    _checks.head(op, "teacher_", teacher, heads.teacher_weight, heads.teacher_bias)
     named = {"": teacher, "_weight": heads.teacher_weight, "_bias": heads.teacher_bias}
     for suffix, x in named.items():
         if x is not None:
