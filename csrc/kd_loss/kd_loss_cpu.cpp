@@ -81,11 +81,6 @@ int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Float ? 4 : 2;
 }
 
-Dtype row_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return Dtype::kBf16;
-  return dtype == ScalarType::Half ? Dtype::kHalf : Dtype::kFloat;
-}
-
 void rows_f64(const KdLossCall& call, ScalarType teacher_dtype, const double* row_weights,
               int64_t begin, int64_t end, RowTerms* terms) {
   RowF64 job(call);
