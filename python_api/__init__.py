@@ -8,6 +8,7 @@ from kdkernels.api import compat, functional, nn
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.functional import (
     KDParts,
+    TopK,
     confidence_penalty_loss,
     kd_loss,
     label_smoothing_loss,
@@ -15,6 +16,7 @@ from kdkernels.api.functional import (
     multi_teacher_kd_loss,
     tfkd_reg_loss,
     tfkd_self_loss,
+    topk_logprobs,
 )
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
@@ -33,6 +35,7 @@ __all__ = [
     "LinearKDLoss",
     "TfKDRegLoss",
     "TfKDSelfLoss",
+    "TopK",
     "available_backends",
     "compat",
     "confidence_penalty_loss",
@@ -45,5 +48,6 @@ __all__ = [
     "nn",
     "tfkd_reg_loss",
     "tfkd_self_loss",
+    "topk_logprobs",
     "use_backend",
 ]

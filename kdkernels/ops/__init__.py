@@ -1,5 +1,5 @@
 """Kernel contracts: 2-D, per row, no conventions. Users call :mod:`kdkernels.api`."""
 
-from kdkernels.ops import kd_loss, linear_kd_loss, scale_grad
+from kdkernels.ops import kd_loss, linear_kd_loss, scale_grad, topk_logprobs
 
-__all__ = ["kd_loss", "linear_kd_loss", "scale_grad"]
+__all__ = ["kd_loss", "linear_kd_loss", "scale_grad", "topk_logprobs"]
