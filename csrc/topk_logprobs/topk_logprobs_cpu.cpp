@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs(const Tensor& x,  // [rows, col
   static const Rows function = rows_function();
   const int64_t grain = std::max<int64_t>(1, kGrain / spec.classes);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    TopkScratch scratch(k);
+    TopkScratch scratch(k, spec.classes);
     function(call, begin, end, scratch);
   });
   return {ids, logprobs, tail};

@@ -22,19 +22,30 @@ struct TopkCall {
   float* tail;      // [rows]
 };
 
-// Candidates of a row, in the order of their ids.
+// Memory of a row's candidates, in the order of their ids, and of the maxima of its groups.
 struct TopkScratch {
-  // So many may wait before all but k of them are thrown out: throwing out costs a dozen passes
-  // over them, and a tighter threshold saves candidates.
-  explicit TopkScratch(int64_t k)
+  static constexpr int64_t kSlack = 64;  // whole vectors are stored
+  // Logits looked at ahead, which the second-level cache keeps.
+  static constexpr int64_t kLookAhead = 16384;
+  static constexpr int kLongest = 32;  // logits of a group; divides those of a block in a lane
+
+  TopkScratch(int64_t k, int64_t classes)
       : most(std::max<int64_t>(2 * k, 256)),
+        ahead(std::max<int64_t>(kLookAhead, 8 * k)),
+        group(kLongest),
         values(most + kBlock + kSlack),
         ids(values.size()),
-        sorted(k) {}
+        sorted(2 * k) {
+    // Twice as many groups as classes wanted: then a class in seven shares its group with one.
+    const int64_t looked_at = std::min(ahead, classes);
+    while (group > 1 && looked_at / group < 2 * k) group /= 2;
+    groups.resize(looked_at / group + 2 * kBlock);
+  }
 
-  static constexpr int64_t kSlack = 64;  // whole vectors are stored
-  int64_t most;
-  std::vector<float> values;
+  int64_t most;  // candidates that may wait before all but k are thrown out
+  int64_t ahead;
+  int group;
+  std::vector<float> values, groups;
   std::vector<int32_t> ids;
   std::vector<uint64_t> sorted;
 };
