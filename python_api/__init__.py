@@ -8,6 +8,7 @@ from kdkernels.api import compat, functional, nn
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.functional import (
     KDParts,
+    TopK,
     confidence_penalty_loss,
     kd_loss,
     label_smoothing_loss,
@@ -17,6 +18,7 @@ from kdkernels.api.functional import (
     tfkd_reg_loss,
     tfkd_self_loss,
     topk_kd_loss,
+    topk_logprobs,
 )
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
@@ -38,6 +40,7 @@ __all__ = [
     "LinearTopKKDLoss",
     "TfKDRegLoss",
     "TfKDSelfLoss",
+    "TopK",
     "TopKKDLoss",
     "available_backends",
     "compat",
@@ -53,5 +56,6 @@ __all__ = [
     "tfkd_reg_loss",
     "tfkd_self_loss",
     "topk_kd_loss",
+    "topk_logprobs",
     "use_backend",
 ]
