@@ -115,12 +115,12 @@ def _check(x: Tensor, k: int, spec: Spec, backend: str) -> list[Check]:
     oracle = topk_logprobs(x.double(), k, spec, backend="reference")
     reference = topk_logprobs(x, k, spec, backend="reference")
     # In logarithms errors are relative: a tail may be small.
-    tails = (tail.double().log() for tail in (found[2], oracle[2], reference[2]))
+    tails = [tail.double().log() for tail in (found[2], oracle[2], reference[2])]
     wrong = (found[0] != oracle[0]).double()
     return [
         compare("ids", wrong, torch.zeros_like(wrong), torch.zeros_like(wrong), torch.float64),
         compare("logprobs", found[1], oracle[1], reference[1], torch.float32),
-        compare("tail", *tails, torch.float32),
+        compare("tail", tails[0], tails[1], tails[2], torch.float32),
     ]
 
 

@@ -25,13 +25,12 @@ struct TopkCall {
 // Memory of a row's candidates, in the order of their ids, and of the maxima of its groups.
 struct TopkScratch {
   static constexpr int64_t kSlack = 64;  // whole vectors are stored
-  // Logits looked at ahead, which the second-level cache keeps.
-  static constexpr int64_t kLookAhead = 16384;
-  static constexpr int kLongest = 32;  // logits of a group; divides those of a block in a lane
+  static constexpr int kLongest = 32;    // logits of a group; divides those of a block in a lane
 
   TopkScratch(int64_t k, int64_t classes)
       : most(std::max<int64_t>(2 * k, 256)),
-        ahead(std::max<int64_t>(kLookAhead, 8 * k)),
+        // The more, the tighter the first bound; up to what the second-level cache keeps.
+        ahead(std::max(std::clamp<int64_t>(256 * k, 4096, 16384), 8 * k)),
         group(kLongest),
         values(most + kBlock + kSlack),
         ids(values.size()),
