@@ -75,6 +75,27 @@ def row_inputs(
     return labels, row_weights, denominator
 
 
+def head(op: str, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The linear map from hidden states to logits; ``model`` begins its names (``student_``)."""
+    float_matrix(op, f"{model}weight", weight)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{op}: {model}weight must be [vocab, {hidden.shape[1]}] for hidden states "
+            f"{list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {model}bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, x in ((f"{model}weight", weight), (f"{model}bias", bias)):
+        if x is None:
+            continue
+        same_device(op, name, x, hidden.device)
+        if x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of the hidden states "
+                f"{_dtype(hidden)}, got {_dtype(x)}"
+            )
+
+
 def labels_in_range(op: str, labels: Tensor, columns: int, spec: Any) -> None:
     """Raises for an out-of-range label where looking costs no synchronisation."""
     if not spec.needs_labels or labels.device.type != "cpu" or torch.compiler.is_compiling():

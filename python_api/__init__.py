@@ -9,6 +9,7 @@ from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.functional import (
     KDParts,
+    TopK,
     confidence_penalty_loss,
     kd_loss,
     label_smoothing_loss,
@@ -18,6 +19,7 @@ from kdkernels.api.functional import (
     tfkd_reg_loss,
     tfkd_self_loss,
     topk_kd_loss,
+    topk_logprobs,
 )
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
@@ -41,6 +43,7 @@ __all__ = [
     "TeacherCacheWriter",
     "TfKDRegLoss",
     "TfKDSelfLoss",
+    "TopK",
     "TopKKDLoss",
     "available_backends",
     "cache",
@@ -57,5 +60,6 @@ __all__ = [
     "tfkd_reg_loss",
     "tfkd_self_loss",
     "topk_kd_loss",
+    "topk_logprobs",
     "use_backend",
 ]

@@ -3,12 +3,10 @@
 
 #include <cstdint>
 
+#include "common/logits_cpu.h"
 #include "kd_loss/kd_loss.h"
 
 namespace kd {
-
-enum class Dtype : int { kFloat, kBf16, kHalf };
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 // A call, resolved to raw memory. Strides in elements.
 struct KdLossCall {
@@ -34,8 +32,6 @@ struct RowTerms {
 };
 
 // Floats of scratch a row needs: three values a class, and the reference of each block.
-constexpr int kBlock = 1024;
-inline int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
 inline int64_t scratch_floats(int64_t classes) { return blocks_of(classes) * (3 * kBlock + 2); }
 
 }  // namespace kd

@@ -60,11 +60,6 @@ inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Float ? 4 : 2;
 }
 
-inline Dtype row_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return Dtype::kBf16;
-  return dtype == ScalarType::Half ? Dtype::kHalf : Dtype::kFloat;
-}
-
 inline int64_t count_valid(const KdLossCall& call, int64_t rows, const char* op) {
   if (call.labels == nullptr) return rows;
   int64_t valid = 0;

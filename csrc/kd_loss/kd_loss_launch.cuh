@@ -15,16 +15,6 @@
 
 namespace kd {
 
-inline LogitRule logit_rule(double scale, double softcap, double temperature) {
-  const bool plain = softcap == 0.0 && scale > 0.0;
-  return {static_cast<float>(kLog2E / temperature * (plain ? scale : 1.0)),
-          static_cast<float>(plain ? scale : 1.0),
-          static_cast<float>(scale),
-          static_cast<float>(softcap),
-          static_cast<float>(softcap != 0.0 ? 1.0 / softcap : 0.0),
-          plain};
-}
-
 inline RowNumbers row_numbers(const KdLossSpec& spec) {
   // Without a divergence there is one softmax, that of CE.
   const double temperature = spec.divergence == Divergence::kNone ? 1.0 : spec.temperature;

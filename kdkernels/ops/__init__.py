@@ -6,6 +6,14 @@ from kdkernels.ops import (
     linear_topk_kd_loss,
     scale_grad,
     topk_kd_loss,
+    topk_logprobs,
 )
 
-__all__ = ["kd_loss", "linear_kd_loss", "linear_topk_kd_loss", "scale_grad", "topk_kd_loss"]
+__all__ = [
+    "kd_loss",
+    "linear_kd_loss",
+    "linear_topk_kd_loss",
+    "scale_grad",
+    "topk_kd_loss",
+    "topk_logprobs",
+]

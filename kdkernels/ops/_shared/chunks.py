@@ -44,7 +44,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-class _Head:
+class Head:
     """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head.
 
     A 16-bit head is widened block by block on the CPU, whose GEMMs would round their results; on a
@@ -161,7 +161,7 @@ def dense_teacher(
     if hidden is None:
         return lambda rows, chunk: (None,)
     assert weight is not None
-    head = _Head(weight, bias, classes)
+    head = Head(weight, bias, classes)
 
     def logits(rows: _Rows, chunk: slice) -> tuple[Tensor]:
         x = rows.of(hidden, chunk)
@@ -194,7 +194,7 @@ class Call:
         spec = Spec.of(numbers)
         classes = spec.classes if spec.classes >= 0 else student_weight.shape[0]
         self.spec = spec._replace(classes=-1)
-        self.head = _Head(student_weight, student_bias, classes)
+        self.head = Head(student_weight, student_bias, classes)
         self.weight_shape = student_weight.shape
         self.rows = _Rows(student, labels, spec, chunk_rows)
         self.student, self.teacher = student, teacher(spec, classes)

@@ -226,32 +226,10 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
-def check_head(op: str, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises unless the head fits the hidden states."""
-    _checks.float_matrix(op, f"{model}_weight", weight)
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{op}: {model}_weight must be [vocab, {hidden.shape[1]}] for hidden states "
-            f"{list(hidden.shape)}, got {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: {model}_bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, x in ((f"{model}_weight", weight), (f"{model}_bias", bias)):
-        if x is None:
-            continue
-        _checks.same_device(op, name, x, hidden.device)
-        if x.dtype != hidden.dtype:
-            raise TypeError(
-                f"{op}: {name} must have the dtype of the hidden states "
-                f"{str(hidden.dtype).removeprefix('torch.')}, got "
-                f"{str(x.dtype).removeprefix('torch.')}"
-            )
-
-
 def check_student(op: str, student: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> int:
     """Raises unless the student's tensors fit; returns the number of classes."""
     _checks.float_matrix(op, "student", student)
-    check_head(op, "student", student, weight, bias)
+    _checks.head(op, "student_", student, weight, bias)
     columns = weight.shape[0]
     classes = columns if spec.classes < 0 else spec.classes
     if classes > columns:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels._triton.device import to_z
 from kdkernels.ops.kd_loss.spec import LISTED, LISTED_ENTROPY, Divergence
 from kdkernels.ops.kd_loss.triton_listed import meet_list, unlisted
 
@@ -34,26 +35,12 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _tanh(x):
-    """Tanh to 2 ulp: near 0 an odd polynomial (Cephes), since 1 - 2 / (e^2x + 1) cancels."""
-    square = x * x
-    near = -5.70498872745e-3 * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    near = near * square * x + x
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def _logits(row_ptr, cols, classes, scale, softcap, SOFTCAP: tl.constexpr):
     """Logits of some columns in float32; -inf, which carries no mass, outside the classes."""
     inside = cols < classes
-    z = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32) * scale
-    if SOFTCAP:
-        z = tl.where(z == -_INF, z, softcap * _tanh(z / softcap))
+    z = to_z(
+        tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32), scale, softcap, SOFTCAP
+    )
     return tl.where(inside, z, -_INF)
 
 

@@ -11,7 +11,6 @@ from kdkernels import _backend, _checks
 from kdkernels.ops import kd_loss as kd
 from kdkernels.ops._shared import linear_loss
 from kdkernels.ops._shared.chunks import Call, dense_teacher
-from kdkernels.ops._shared.linear_loss import check_head
 from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad_
 from kdkernels.ops.kd_loss.spec import Spec
 from kdkernels.ops.linear_kd_loss.reference import linear_kd_loss_reference
@@ -178,7 +177,7 @@ def _check_teacher(
         )
     if heads.teacher_weight is None:
         raise ValueError(f"{op}: teacher_weight must be given with a teacher, got None")
-    check_head(op, "teacher", teacher, heads.teacher_weight, heads.teacher_bias)
+    _checks.head(op, "teacher_", teacher, heads.teacher_weight, heads.teacher_bias)
     named = {"": teacher, "_weight": heads.teacher_weight, "_bias": heads.teacher_bias}
     for suffix, x in named.items():
         if x is not None:
