@@ -74,16 +74,19 @@ def routes(shape: Shape, runtime: Runtime) -> list[dict[str, Any]]:
     for _ in range(REPEATS):
         for name, loss in losses.items():
             seconds[name].append(_seconds(loss, runtime))
-    return [
-        {
-            "loss": name[0],
-            "route": name[1],
-            "rows": shape.rows,
-            "peak_mb": None if memory[name] is None else memory[name] / 1e6,
-            "tokens_per_second": shape.rows / statistics.median(seconds[name]),
-        }
-        for name in losses
-    ]
+    found = []
+    for name in losses:
+        bytes_above = memory[name]
+        found.append(
+            {
+                "loss": name[0],
+                "route": name[1],
+                "rows": shape.rows,
+                "peak_mb": None if bytes_above is None else bytes_above / 1e6,
+                "tokens_per_second": shape.rows / statistics.median(seconds[name]),
+            }
+        )
+    return found
 
 
 def _names() -> list[tuple[str, str]]:
@@ -103,7 +106,7 @@ def make_losses(shape: Shape, runtime: Runtime) -> Mapping[tuple[str, str], Loss
     teacher_hidden = normal(shape.rows, shape.width)
     teacher_head = normal(shape.vocab, shape.width, scale=shape.width**-0.5)
     labels = torch.randint(shape.vocab, (shape.rows,), generator=generator).to(runtime.device)
-    weights = {
+    weights: dict[str, Any] = {
         "temperature": shape.temperature,
         "ce_weight": 1 - shape.alpha,
         "kd_weight": shape.alpha,

@@ -200,7 +200,7 @@ class LmPipeline:
             if len(kept) > 1:
                 self.folder.log(unit, event="step", **kept)
 
-        loop = Loop(
+        loop = Loop[list[Block]](
             loss=lambda step: loss(student, step),
             evaluate=lambda: lm_train.perplexity(student, self.blocks["valid"], self.runtime),
             metric="dev_perplexity",

@@ -68,7 +68,7 @@ class LmLoss:
         return (self._hidden if self.route == "hidden" else self._logits)(student, tokens, topk)
 
     @property
-    def _weights(self) -> dict[str, float]:
+    def _weights(self) -> dict[str, Any]:
         """Keywords of the distillation losses."""
         return {
             "temperature": self.temperature,

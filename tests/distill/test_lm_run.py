@@ -82,7 +82,7 @@ class Crash(BaseException):
     """Stands for a kill: no handler of the run may catch it."""
 
 
-@pytest.mark.parametrize("last", [1, 3, 5, 7, 9, 11])
+@pytest.mark.parametrize("last", [1, 5, 8, 11])
 def test_stopped_at_any_rename_resumes_to_the_same_numbers(
     command: Command,
     small_lm_run: list[str],
