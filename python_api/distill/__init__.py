@@ -1,8 +1,10 @@
 """Distillation from start to end, behind ``kdkernels distill``.
 
-One module per concern: ``config`` (what a run is), ``fetch`` (verified downloads), ``data``,
-``sentiment`` and ``own_data`` (tasks), ``text`` and ``models`` (inputs and networks), ``train``
-(the loops around ``kdkernels.kd_loss``), ``pipeline`` (units of work, resuming), ``store`` (files),
-``measure``, ``results``, ``report``, ``plot`` and ``progress`` (what is shown), and ``runner``, the
-door to all of it.
+One module per concern: ``config`` (what a run is), ``fetch`` (verified downloads), ``units`` (units
+of work, resuming), ``store`` (files), ``train`` (the training loop), ``tables`` and ``progress``
+(what is shown), and ``runner``, the door to all of it.
+
+Classification: ``data``, ``sentiment`` and ``own_data`` (tasks), ``text`` and ``models`` (inputs
+and networks), ``pipeline``, ``measure``, ``results``, ``report``, ``plot``. Language models: the
+same with ``lm_`` in front.
 """

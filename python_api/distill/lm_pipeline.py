@@ -15,6 +15,7 @@ import kdkernels
 from kdkernels.api.cache.reader import TeacherCache
 from kdkernels.api.cache.writer import TeacherCacheWriter
 from kdkernels.api.distill import lm_measure, lm_models, lm_report, lm_results, lm_train, models
+from kdkernels.api.distill.errors import DistillError, require
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.lm_data import SPLITS, Block, lm_blocks
 from kdkernels.api.distill.lm_results import ARMS, START, TEACHER
@@ -27,6 +28,8 @@ from kdkernels.api.distill.units import Unit, Units
 
 # Of the text for the curves: a share of that for the final table.
 DEV_SHARE = 4
+# Of a log-probability in a cache of this run's own.
+BITS = 8
 
 
 def load_blocks(config: LmConfig, tokenizer: Any, display: Display) -> dict[str, list[Block]]:
@@ -38,6 +41,33 @@ def load_blocks(config: LmConfig, tokenizer: Any, display: Display) -> dict[str,
         split: lm_blocks(config.text, tokenizer, split, config.seq_len, limits[split], display.note)
         for split in SPLITS
     }
+
+
+def open_cache(config: LmConfig, folder: Path, teacher: Any, tokenizer: Any) -> TeacherCache | None:
+    """The teacher's cache in a folder; None where there is none yet.
+
+    Raises:
+        DistillError: It is of another teacher, tokenizer, temperature or number of classes.
+    """
+    try:
+        return TeacherCache(
+            folder,
+            tokenizer=tokenizer,
+            vocab_size=len(lm_models.head_of(teacher).weight),
+            k=config.top_k,
+            temperature=config.temperature,
+            shift=1,
+            teacher=teacher_name(config),
+        )
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DistillError(f"cache must be one of this run's teacher, got {error}") from error
+
+
+def teacher_name(config: LmConfig) -> str:
+    """The teacher's name in a cache, as ``kdkernels cache build`` gives it."""
+    return Path(config.model).resolve().name
 
 
 class LmPipeline:
@@ -126,15 +156,16 @@ class LmPipeline:
 
     def _cache(self, unit: str, bar: Bar) -> dict[str, Any]:
         """Writes what the cache lacks of the training blocks."""
-        config, head = self.config, lm_models.head_of(self.teacher)
+        config, known = self.config, self._open_cache()
         with TeacherCacheWriter(
             self._cache_folder,
             k=config.top_k,
-            vocab_size=len(head.weight),
-            temperature=config.temperature,
+            vocab_size=len(lm_models.head_of(self.teacher).weight),
+            temperature=float(config.temperature),
             tokenizer=self.tokenizer,
-            teacher=self._teacher_name,
+            teacher=teacher_name(config),
             rows=len(self.blocks["train"]) * config.seq_len,
+            bits=BITS if known is None else known.manifest.bits,
         ) as writer:
             missing = [block for block in self.blocks["train"] if not writer.done(*block)]
             bar.total(len(missing))
@@ -162,20 +193,15 @@ class LmPipeline:
         for place, (name, block) in enumerate(blocks):
             writer.add(name, block, ids[place], logprobs[place])
 
-    @property
-    def _teacher_name(self) -> str:
-        return Path(self.config.model).resolve().name
+    def _open_cache(self) -> TeacherCache | None:
+        return open_cache(self.config, self._cache_folder, self.teacher, self.tokenizer)
 
     @cached_property
     def _stored(self) -> TeacherCache:
-        return TeacherCache(
-            self._cache_folder,
-            tokenizer=self.tokenizer,
-            vocab_size=len(lm_models.head_of(self.teacher).weight),
-            temperature=self.config.temperature,
-            shift=1,
-            teacher=self._teacher_name,
-        )
+        found = self._open_cache()
+        require(found is not None, "cache", "stay where it is", f"none in {self._cache_folder}")
+        assert found is not None
+        return found
 
     def _source(self, arm: str) -> Source:
         if arm == "live":

@@ -81,7 +81,7 @@ def prepare_lm(
 ) -> Callable[[], None]:
     """Gathers what the run needs, before it has a folder; returns the run."""
     from kdkernels.api.distill import lm_models
-    from kdkernels.api.distill.lm_pipeline import LmPipeline, load_blocks
+    from kdkernels.api.distill.lm_pipeline import LmPipeline, load_blocks, open_cache
 
     teacher, tokenizer = lm_models.load_causal_lm(config.model, display.note)
     lm_models.check_layers(teacher, config.layers)
@@ -91,6 +91,8 @@ def prepare_lm(
     contract = f"be at most {longest} for this teacher"
     require(config.seq_len <= longest, "seq-len", contract, config.seq_len)
     lm_models.check_head(teacher, "model")
+    if config.cache is not None:
+        open_cache(config, Path(config.cache), teacher, tokenizer)  # refuses one that does not fit
     blocks = load_blocks(config, tokenizer, display)
     return LmPipeline(config, folder, runtime, display, teacher, tokenizer, blocks).run
 

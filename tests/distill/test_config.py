@@ -8,6 +8,7 @@ import pytest
 
 from kdkernels.api.distill.config import check_same, from_yaml, make_config, to_yaml
 from kdkernels.api.distill.errors import DistillError
+from kdkernels.api.distill.lm_config import LmConfig
 
 
 def test_defaults_depend_on_the_task(tmp_path: Any) -> None:
@@ -21,6 +22,24 @@ def test_defaults_depend_on_the_task(tmp_path: Any) -> None:
 
 def test_what_is_given_wins_over_quick() -> None:
     assert make_config({"quick": True, "labels": 7, "throughput": True}).labels == 7
+
+
+def test_the_objective_chooses_the_kind() -> None:
+    small, full = (make_config({"objective": "lm", "full": full}) for full in (False, True))
+    assert isinstance(small, LmConfig) and isinstance(full, LmConfig)
+    assert small.tokens == 40960 and full.tokens is None
+    assert small.text == full.text == "wikitext-2" and small.name == "lm"
+    assert from_yaml(to_yaml(full)) == full
+    with pytest.raises(DistillError, match="^labels must be left out with --objective lm, got 5$"):
+        make_config({"objective": "lm", "labels": 5})
+    with pytest.raises(DistillError, match=r"^objective must be one of .*, got 'x'$"):
+        from_yaml("objective: x")
+
+
+def test_runs_that_do_not_name_their_objective_are_of_classification() -> None:
+    text = to_yaml(make_config({"seeds": (3,)}))
+    assert text.startswith("objective: classification\n")
+    assert from_yaml(text.split("\n", 1)[1]) == from_yaml(text)
 
 
 def test_yaml_round_trip() -> None:
@@ -45,6 +64,9 @@ def test_yaml_round_trip() -> None:
         ({"teacher": "nowhere"}, "teacher must be an existing folder, got nowhere"),
         ({"precision": "int8"}, "precision must be one of .*, got int8"),
         ({"epochs": 1.5}, "epochs must be int, got 1.5"),
+        ({"objective": "lm", "top_k": 0}, "top-k must be at least 1, got 0"),
+        ({"objective": "lm", "seq_len": 1}, "seq-len must be at least 2, got 1"),
+        ({"objective": "lm", "full": True, "quick": True}, "full must be left out .*, got both"),
     ],
 )
 def test_contracts(given: dict[str, Any], message: str) -> None:

@@ -134,6 +134,18 @@ def test_a_cache_of_its_own_and_the_other_route(
         )
 
 
+def test_a_cache_of_something_else(
+    command: Command, small_lm_run: list[str], tmp_path: Path, finished_lm: Path
+) -> None:
+    kept = finished_lm / "teacher-cache"
+    failed = command(*small_lm_run, "--cache", kept, "--temperature", "2")
+    assert failed.exit_code == 1
+    assert "distill: cache must be one of this run's teacher, got TeacherCache: temp" in " ".join(
+        failed.output.split()
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_resume_names_the_differing_key(
     command: Command, finished_lm: Path, tmp_path: Path
 ) -> None:
