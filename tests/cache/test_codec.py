@@ -115,6 +115,16 @@ def test_a_masked_class_costs_the_others_nothing() -> None:
     assert got[0, 2] == -INF
 
 
+def test_strided_input() -> None:
+    codec = TopKCodec(10, 100)
+    ids, logprobs = top(torch.randn(6, 100), 10)
+    packed = codec.encode(ids, logprobs)
+    assert (codec.encode(ids.T.contiguous().T, logprobs.T.contiguous().T) == packed).all()
+    assert torch.equal(codec.decode(packed[::2])[0], codec.decode(packed)[0][::2])
+    with pytest.raises(TypeError, match="TopKCodec: rows must be uint8, got int64"):
+        codec.decode(packed.astype(np.int64))
+
+
 def test_half_precision_input() -> None:
     ids, logprobs = top(torch.randn(5, 100), 10)
     codec = TopKCodec(10, 100)
