@@ -73,7 +73,11 @@ NATIVE = os.environ.get("KDKERNELS_NATIVE", "on") != "off"
 setup(
     packages=PACKAGES,
     package_dir=MAPPED,
-    package_data={"kdkernels": ["py.typed"], "kdkernels.ops": ["*/README.md"]},
+    package_data={
+        "kdkernels": ["py.typed"],
+        "kdkernels.ops": ["*/README.md"],
+        "kdkernels.api.cache": ["README.md"],
+    },
     # The extension only tells setuptools that the wheel holds compiled files; CMake names them.
     ext_modules=[Extension("kdkernels._host", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild} if NATIVE else {},

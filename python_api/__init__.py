@@ -4,8 +4,9 @@ if __name__ != "kdkernels.api":
     # A script started in the repository root would otherwise load every class twice.
     raise ImportError("this folder is the import package kdkernels.api: import kdkernels instead")
 
-from kdkernels.api import compat, functional, nn
+from kdkernels.api import cache, compat, functional, nn
 from kdkernels.api.backends import available_backends, explain, use_backend
+from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.functional import (
     KDParts,
     TopK,
@@ -38,11 +39,14 @@ __all__ = [
     "LabelSmoothingLoss",
     "LinearKDLoss",
     "LinearTopKKDLoss",
+    "TeacherCache",
+    "TeacherCacheWriter",
     "TfKDRegLoss",
     "TfKDSelfLoss",
     "TopK",
     "TopKKDLoss",
     "available_backends",
+    "cache",
     "compat",
     "confidence_penalty_loss",
     "explain",

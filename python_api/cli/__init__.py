@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels info | verify | bench | distill``.
+"""The command line: ``kdkernels info | verify | bench | distill | cache``.
 
 Every command lives in a file of its own that imports what it needs when it runs: ``kdkernels info``
 loads no transformers and no Triton.
@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from kdkernels.api.cli.cache import app as cache
 from kdkernels.api.cli.distill import distill
 from kdkernels.api.cli.info import info
 from kdkernels.api.cli.verify import verify
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (info, verify, bench, distill):
     app.command()(command)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

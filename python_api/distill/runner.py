@@ -39,7 +39,7 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
     Raises:
         DistillError: Anything the user can act on.
     """
-    _quiet_transformers()
+    quiet_transformers()
     config = open_config(given, resume)
     runtime = choose_runtime(config)
     if config.threads is not None:
@@ -63,7 +63,7 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
     return config.folder
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """Keeps transformers from reaching for a network and from talking over the progress bars."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

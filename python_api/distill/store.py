@@ -13,33 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from kdkernels.api._files import TEMPORARY_PREFIX, sync, umask, write_file, write_text
 from kdkernels.api.distill.errors import DistillError
 
-TEMPORARY_PREFIX = ".tmp-"
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file through a temporary name and renames it into place.
-
-    Args:
-        path: The file to make or replace.
-        write: Called with the temporary path (same suffix) to fill it.
-    """
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+__all__ = ["RunFolder", "disk_error", "write_file", "write_folder", "write_text"]
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
@@ -53,30 +30,14 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         for file in temporary.iterdir():
-            _sync(file)
-            os.chmod(file, 0o666 & ~_umask())
-        os.chmod(temporary, 0o777 & ~_umask())
+            sync(file)
+            os.chmod(file, 0o666 & ~umask())
+        os.chmod(temporary, 0o777 & ~umask())
         if path.exists():
             shutil.rmtree(path)
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Brings a file to the disk before its name changes: a rename must not outrun the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    """The process's umask; temporary files are private, finished ones are not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def disk_error(error: Exception, folder: Path) -> DistillError | None:

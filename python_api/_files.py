@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all, so a kill at any moment is survivable."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def write_file(path: Path, write: Callable[[Path], object], prefix: str = TEMPORARY_PREFIX) -> None:
+    """Writes a file through a temporary name and renames it into place.
+
+    Args:
+        path: The file to make or replace.
+        write: Called with the temporary path (same suffix) to fill it.
+        prefix: Beginning of the temporary name, by which leftovers of a killed process are known.
+    """
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        sync(temporary)
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sync(path: Path) -> None:
+    """Brings a file or a folder's names to the disk: a rename must not outrun the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def umask() -> int:
+    """The process's umask; temporary files are private, finished ones are not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# Locks go with their process, however it ends.
+def try_lock(path: Path) -> IO[str] | None:
+    """Takes a lock until the returned file is closed; None where another process has it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits for a lock and holds it for the duration of the block."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
