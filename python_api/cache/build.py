@@ -21,6 +21,7 @@ from kdkernels.api.distill import lm_data, lm_models
 from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.progress import Bar, Display
 from kdkernels.api.distill.runner import quiet_transformers
+from kdkernels.api.topk import topk_logprobs
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def build(options: BuildOptions, console: Console) -> None:
             options.data, tokenizer, options.split, options.seq_len, options.max_tokens, notify
         )
     model.to(device)
+    lm_models.check_head(model, "model")
     vocab_size = model.get_output_embeddings().weight.shape[0]
     rows = len(blocks) * options.seq_len
     size = estimate_bytes(rows, options.k, vocab_size, options.bits)
@@ -154,14 +156,10 @@ def topk_rows(model: Any, tokens: Tensor, k: int, temperature: float) -> tuple[T
     Returns:
         ``ids`` int64 and ``logprobs`` float32, both ``[batch, tokens, k]``.
     """
-    logits = model(input_ids=tokens, use_cache=False).logits
-    ids, logprobs = [], []
-    for one in logits:  # an example at a time: its float32 copy is small beside all logits
-        scaled = one.float() / temperature
-        values, chosen = scaled.topk(k, dim=-1)
-        ids.append(chosen)
-        logprobs.append(values - scaled.logsumexp(-1, keepdim=True))
-    return torch.stack(ids), torch.stack(logprobs)
+    head = lm_models.head_of(model)
+    hidden = lm_models.last_hidden(model, tokens)
+    top = topk_logprobs(hidden, k, weight=head.weight, bias=head.bias, temperature=temperature)
+    return top.ids, top.logprobs
 
 
 def _device(name: str) -> torch.device:
