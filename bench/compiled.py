@@ -45,6 +45,7 @@ class Entry:
     walks_rows: bool  # over contiguous rows of 16 bytes and more
     kernel: Kernel
     fused: bool = False  # products into sums, where the case forbids it
+    narrow: bool = False  # what it stores is no row
 
     def faults(self) -> list[str]:
         """In words; empty for a good kernel."""
@@ -66,7 +67,7 @@ class Entry:
             if kernel.widest_load < VECTOR_BITS:
                 found.append(f"no load wider than {kernel.widest_load} bits")
             # 32 bits are the losses of rows, where no gradient is written.
-            if 32 < kernel.widest_store < VECTOR_BITS:
+            if not self.narrow and 32 < kernel.widest_store < VECTOR_BITS:
                 found.append(f"no store wider than {kernel.widest_store} bits")
         return found
 
@@ -91,7 +92,8 @@ def cuda_entries(library: Path = LIBRARY) -> list[Entry]:
     for kernel in found:
         name = kernel.name.split("<")[0]
         op = next((op for op, names in walking.items() if name in names), "")
-        entries.append(Entry(op or name, "native", "", bool(op), kernel))
+        narrow = bool(op) and name in getattr(cases.load(op), "narrow_stores", ())
+        entries.append(Entry(op or name, "native", "", bool(op), kernel, narrow=narrow))
     return entries
 
 

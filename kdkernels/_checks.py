@@ -50,6 +50,52 @@ def row_vector(op: str, name: str, x: Tensor, rows: int, dtypes: tuple[torch.dty
         raise TypeError(f"{op}: {name} must be {wanted}, got {_dtype(x)}")
 
 
+def row_inputs(
+    op: str,
+    student: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    denominator: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the losses take beside the models' tensors: checked, and as every kernel reads it."""
+    rows, device = student.shape[0], student.device
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if labels is not None:
+        row_vector(op, "labels", labels, rows, (torch.int64,))
+        same_device(op, "labels", labels, device)
+        labels = labels.contiguous()
+    if row_weights is not None:
+        row_vector(op, "row_weights", row_weights, rows, FLOAT_DTYPES)
+        same_device(op, "row_weights", row_weights, device)
+        no_grad(op, "row_weights", row_weights)
+        row_weights = row_weights.to(wide).contiguous()
+    if denominator is not None:
+        same_device(op, "denominator", denominator, device)
+        denominator = denominator.to(wide)
+    return labels, row_weights, denominator
+
+
+def head(op: str, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The linear map from hidden states to logits; ``model`` begins its names (``student_``)."""
+    float_matrix(op, f"{model}weight", weight)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{op}: {model}weight must be [vocab, {hidden.shape[1]}] for hidden states "
+            f"{list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {model}bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, x in ((f"{model}weight", weight), (f"{model}bias", bias)):
+        if x is None:
+            continue
+        same_device(op, name, x, hidden.device)
+        if x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of the hidden states "
+                f"{_dtype(hidden)}, got {_dtype(x)}"
+            )
+
+
 def labels_in_range(op: str, labels: Tensor, columns: int, spec: Any) -> None:
     """Raises for an out-of-range label where looking costs no synchronisation."""
     if not spec.needs_labels or labels.device.type != "cpu" or torch.compiler.is_compiling():

@@ -37,6 +37,7 @@ class Primitive:
         self, name: str, schema: str, *, fake: Callable[..., Any] | None, compiled: bool = True
     ) -> None:
         self.name = name
+        self.compiled = compiled
         self._schema = schema
         self._fake = fake if fake is not None else _returns_nothing
         self._calls: dict[str, Callable[..., Any]] = {}

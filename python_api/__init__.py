@@ -9,21 +9,27 @@ from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.functional import (
     KDParts,
+    TopK,
     confidence_penalty_loss,
     kd_loss,
     label_smoothing_loss,
     linear_kd_loss,
+    linear_topk_kd_loss,
     multi_teacher_kd_loss,
     tfkd_reg_loss,
     tfkd_self_loss,
+    topk_kd_loss,
+    topk_logprobs,
 )
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
     KDLoss,
     LabelSmoothingLoss,
     LinearKDLoss,
+    LinearTopKKDLoss,
     TfKDRegLoss,
     TfKDSelfLoss,
+    TopKKDLoss,
 )
 
 __all__ = [
@@ -32,10 +38,13 @@ __all__ = [
     "KDParts",
     "LabelSmoothingLoss",
     "LinearKDLoss",
+    "LinearTopKKDLoss",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",
     "TfKDSelfLoss",
+    "TopK",
+    "TopKKDLoss",
     "available_backends",
     "cache",
     "compat",
@@ -45,9 +54,12 @@ __all__ = [
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",
+    "linear_topk_kd_loss",
     "multi_teacher_kd_loss",
     "nn",
     "tfkd_reg_loss",
     "tfkd_self_loss",
+    "topk_kd_loss",
+    "topk_logprobs",
     "use_backend",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from kdkernels.ops.kd_loss import Divergence, Spec
+from kdkernels.ops.kd_loss import Divergence, Spec, Tail
 
 DIVERGENCES = {
     "forward_kl": Divergence.FORWARD_KL,
@@ -13,6 +13,14 @@ DIVERGENCES = {
     "reverse_kl": Divergence.REVERSE_KL,
     "jsd": Divergence.JSD,
     "tvd": Divergence.TVD,
+}
+# What a sparse teacher can be compared by, and what stands for the mass that it does not list.
+SPARSE_DIVERGENCES = ("forward_kl", "reverse_kl")
+TAILS = {
+    "bucket": Tail.BUCKET,
+    "renorm": Tail.RENORM,
+    "none": Tail.NONE,
+    "uniform": Tail.UNIFORM,
 }
 REDUCTIONS = ("mean", "batchmean", "sum", "none", "element_mean")
 
@@ -39,10 +47,13 @@ def kd_spec(
     return_parts: bool,
     columns: int,
     name: str = "kd_loss",
+    tail: str | None = None,
 ) -> tuple[Spec, float]:
     """Validates the numbers of a call; cached, so it costs nothing in a loop."""
     positive(name, "temperature", temperature)
-    choice(name, "divergence", divergence, tuple(DIVERGENCES))
+    choice(name, "divergence", divergence, SPARSE_DIVERGENCES if tail else tuple(DIVERGENCES))
+    if tail is not None:
+        choice(name, "tail", tail, tuple(TAILS))
     choice(name, "reduction", reduction, REDUCTIONS)
     choice(name, "smoothing_convention", smoothing_convention, ("torch", "tfkd"))
     number(name, "beta", beta, 0.0, 1.0)
@@ -88,6 +99,7 @@ def kd_spec(
         classes=-1 if classes is None else classes,
         mean=reduction in ("mean", "element_mean"),
         want_ce=return_parts and has_labels,
+        tail=int(Tail.FULL if tail is None else TAILS[tail]),
     )
     return spec, t2
 

@@ -80,6 +80,49 @@ class LinearKDLoss(_Loss):
         )
 
 
+class TopKKDLoss(_Loss):
+    """:func:`kdkernels.topk_kd_loss` as a module.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> loss_fn = kdkernels.TopKKDLoss(tail="uniform")
+        >>> top = torch.randn(4, 9).log_softmax(-1).topk(3)
+        >>> loss_fn(torch.randn(4, 9), top.indices, top.values, torch.arange(4)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(functional.topk_kd_loss)
+
+    def forward(
+        self,
+        student: Tensor,
+        topk_ids: Tensor,
+        topk_logprobs: Tensor,
+        labels: Tensor | None = None,
+        **kw: Any,
+    ) -> Any:
+        """Student logits ``[..., vocab]``, the teacher's list ``[..., k]``, labels ``[...]``."""
+        return self._call(student, topk_ids, topk_logprobs, labels, **kw)
+
+
+class LinearTopKKDLoss(_Loss):
+    """:func:`kdkernels.linear_topk_kd_loss` as a module."""
+
+    _function = staticmethod(functional.linear_topk_kd_loss)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        topk_ids: Tensor,
+        topk_logprobs: Tensor,
+        labels: Tensor | None = None,
+        **kw: Any,
+    ) -> Any:
+        """Hidden states ``[..., width]``, head ``[vocab, width]``, the teacher's list, labels."""
+        return self._call(student_hidden, student_weight, topk_ids, topk_logprobs, labels, **kw)
+
+
 class LabelSmoothingLoss(_Loss):
     """:func:`kdkernels.label_smoothing_loss` as a module."""
 

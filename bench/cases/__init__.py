@@ -54,7 +54,11 @@ class Setting:
 
 
 class Case(Protocol):
-    """What a file of this folder offers as ``CASE``."""
+    """What a file of this folder offers as ``CASE``.
+
+    It may also have ``narrow_stores``, names of row kernels whose results are no rows: they need
+    not be stored 16 bytes at a time.
+    """
 
     modes: tuple[str, ...]  # of forward, backward, full
     rivals: tuple[str, ...]

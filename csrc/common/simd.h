@@ -14,6 +14,7 @@ typedef uint32_t UintVec __attribute__((vector_size(KD_LANES * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(KD_LANES * 2)));
 // The same in memory, at any address.
 typedef float VecAt __attribute__((vector_size(KD_LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVecAt __attribute__((vector_size(KD_LANES * 4), aligned(4), may_alias));
 typedef uint16_t ShortVecAt __attribute__((vector_size(KD_LANES * 2), aligned(2), may_alias));
 
 #define KD_INLINE static inline __attribute__((always_inline))
@@ -21,6 +22,7 @@ typedef uint16_t ShortVecAt __attribute__((vector_size(KD_LANES * 2), aligned(2)
 KD_INLINE Vec splat(float x) { return x - Vec{}; }
 KD_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAt*>(p); }
 KD_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAt*>(p) = x; }
+KD_INLINE IntVec load(const int32_t* p) { return *reinterpret_cast<const IntVecAt*>(p); }
 KD_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 KD_INLINE Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
 
@@ -33,10 +35,53 @@ KD_INLINE Vec select(Mask mask, Vec a, Vec b) {
 KD_INLINE Mask not_less(Vec x, float y) {
   return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(y), _CMP_NLT_UQ);
 }
+KD_INLINE Mask above(Vec x, Vec y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ); }
+KD_INLINE Mask same(Vec x, Vec y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_EQ_OQ); }
+// A bit for each lane, the first lane's lowest, and back.
+KD_INLINE uint32_t bits(Mask mask) { return mask; }
+KD_INLINE Mask lanes_of(uint32_t bits) { return static_cast<Mask>(bits); }
 #else
 using Mask = IntVec;
 KD_INLINE Mask not_less(Vec x, float y) { return ~(x < y); }
+KD_INLINE Mask above(Vec x, Vec y) { return x > y; }
+KD_INLINE Mask same(Vec x, Vec y) { return x == y; }
+KD_INLINE uint32_t bits(Mask mask) {
+#if KD_LANES == 8
+  return _mm256_movemask_ps((__m256)mask);
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)mask);
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= (mask[i] & 1u) << i;
+  return found;
 #endif
+}
+KD_INLINE Mask lanes_of(uint32_t bits) {
+  IntVec mask;
+  for (int i = 0; i < kLanes; ++i) mask[i] = (bits >> i & 1) != 0 ? -1 : 0;
+  return mask;
+}
+#endif
+
+// Stores the lanes in `lanes` of both vectors one behind the other, and what follows them anyhow:
+// up to a whole vector is written. Returns their number.
+KD_INLINE int compress(Vec x, IntVec y, uint32_t lanes, float* to_x, int32_t* to_y) {
+#if KD_LANES == 16
+  // Not to memory at once: that takes 100 cycles and more on Zen 4.
+  const Mask mask = static_cast<Mask>(lanes);
+  _mm512_storeu_ps(to_x, _mm512_maskz_compress_ps(mask, (__m512)x));
+  _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(mask, (__m512i)y));
+  return __builtin_popcount(lanes);
+#else
+  int count = 0;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    to_x[count] = x[lane];
+    to_y[count++] = y[lane];
+  }
+  return count;
+#endif
+}
 
 KD_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if KD_LANES == 16
@@ -74,12 +119,20 @@ KD_INLINE float max_lane(Vec x) {
 #endif
 }
 
-// Lanes below `count`.
-KD_INLINE IntVec first_lanes(int count) {
+KD_INLINE int32_t sum(IntVec x) {
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+KD_INLINE IntVec lane_numbers() {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < count;
+  return lane;
 }
+
+// Lanes below `count`.
+KD_INLINE IntVec first_lanes(int count) { return lane_numbers() < count; }
 
 // A factor as a sum of two floats, so that x * factor keeps its fraction bits.
 struct Split {

@@ -17,7 +17,21 @@ enum class Divergence : int {
   kTvd = 5,
   kSpike = 6,
   kNegEntropy = 7,
+  // What the kernels make of a spec with a tail (topk_kd_loss): some classes are met one by one,
+  // the others as one lot. With kListedEntropy their gradient takes more than their sum.
+  kListed = 8,
+  kListedEntropy = 9,
 };
+
+// What stands for the mass outside of a sparse teacher's list; numbers as in spec.py.
+enum class Tail : int { kFull = 0, kBucket = 1, kRenorm = 2, kNone = 3, kUniform = 4 };
+
+constexpr bool is_listed(Divergence d) {
+  return d == Divergence::kListed || d == Divergence::kListedEntropy;
+}
+
+// The least tail mass of the teacher in reverse KL; as in topk_kd_loss/reference.py.
+constexpr double kLeastTail = 1.0 / (1 << 24);
 
 inline bool needs_teacher(Divergence d) {
   return Divergence::kForwardKl <= d && d <= Divergence::kTvd;
@@ -40,14 +54,21 @@ struct KdLossSpec {
   int64_t classes;  // never -1 here: resolved to the number of columns
   bool mean;
   bool want_ce;
+  Tail tail;
 
+  bool reverse() const { return divergence == Divergence::kReverseKl; }
+  // The row kernel of a spec with a tail.
+  Divergence listed() const {
+    if (divergence == Divergence::kNone) return Divergence::kNone;
+    return reverse() && tail == Tail::kUniform ? Divergence::kListedEntropy : Divergence::kListed;
+  }
   bool needs_ce() const { return ce_weight != 0.0 || want_ce; }
   bool needs_labels() const { return needs_ce() || divergence == Divergence::kSpike; }
 };
 
 // The operators take the numbers of a call as one list, in the order of Spec's fields: a list costs
 // 1.5 us less to pass than fifteen arguments (measured, torch 2.13).
-constexpr size_t kSpecNumbers = 15;
+constexpr size_t kSpecNumbers = 16;
 
 inline KdLossSpec make_spec(const std::vector<double>& numbers, int64_t columns) {
   const int64_t classes = static_cast<int64_t>(numbers[12]);
@@ -65,7 +86,8 @@ inline KdLossSpec make_spec(const std::vector<double>& numbers, int64_t columns)
           static_cast<int64_t>(numbers[11]),
           classes < 0 ? columns : classes,
           numbers[13] != 0.0,
-          numbers[14] != 0.0};
+          numbers[14] != 0.0,
+          static_cast<Tail>(static_cast<int>(numbers[15]))};
 }
 
 }  // namespace kd

@@ -1,14 +1,11 @@
 // Blocks of a row of kd_loss: what is done to 1024 logits at a time. Part of kd_loss_rows.h, hence
 // compiled once per instruction set and without an include guard.
 
+#include "common/logit_blocks.h"
+
 namespace kd::KD_ISA {
 
-// Bytes by which memory is asked for before it is used. The hardware's own prefetch stops at the
-// end of each 4 KB page: 6.5 ms without this, 3.8 ms with it (512 x 32000 float32, 2 cores; 2
-// KB: 5.5 ms).
-constexpr int64_t kAhead = 8192;
 constexpr float kTiny = 1.17549435e-38f;
-constexpr double kLog2E = 1.4426950408889634;
 
 // How the softmax of CE (temperature 1) follows from the one of the divergence (temperature T).
 enum class Softmax { kShared, kSquare, kSeparate };
@@ -40,20 +37,11 @@ struct Ahead {
 template <Divergence D>
 constexpr bool kHasTeacher = Divergence::kForwardKl <= D && D <= Divergence::kTvd;
 template <Divergence D>
-constexpr bool kStudentExpectation = D == Divergence::kReverseKl || D == Divergence::kNegEntropy;
+constexpr bool kOwnEntropy = D == Divergence::kNegEntropy || D == Divergence::kListedEntropy;
+template <Divergence D>
+constexpr bool kStudentExpectation = D == Divergence::kReverseKl || kOwnEntropy<D>;
 template <Divergence D>
 constexpr bool kTwoStage = D == Divergence::kJsd || D == Divergence::kTvd;
-
-static inline float max_of_block(const float* x, int n) {
-  Vec m0 = load(x), m1 = m0;
-  int i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    m0 = max(load(x + i), m0);
-    m1 = max(load(x + i + kLanes), m1);
-  }
-  for (; i < n; i += kLanes) m0 = max(load(x + i), m0);
-  return max_lane(max(m0, m1));
-}
 
 // Pass 1 over one block; s and t are padded with -inf to whole vectors.
 template <Divergence D, Softmax M, bool kKeep>
@@ -76,7 +64,7 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
       student_ce += e1;
       if constexpr (kKeep) store(c + i, e1);
     }
-    if constexpr (D == Divergence::kNegEntropy) {
+    if constexpr (kOwnEntropy<D>) {
       cross = select(student_live, fma(es, ds, cross), cross);
       if constexpr (kKeep) store(b + i, ds);
     }
@@ -103,7 +91,7 @@ static void add_block(const float* s, const float* t, int n, Split at_t, Split a
   sums.student += sum(student);
   if constexpr (M != Softmax::kShared) sums.student_ce += sum(student_ce);
   if constexpr (kHasTeacher<D>) sums.teacher += sum(teacher);
-  if constexpr (kHasTeacher<D> || D == Divergence::kNegEntropy) sums.cross += sum(cross);
+  if constexpr (kHasTeacher<D> || kOwnEntropy<D>) sums.cross += sum(cross);
 }
 
 // Sum and number of the logits that are not -inf: for smoothing and the virtual teacher.
@@ -119,38 +107,6 @@ static void add_logits(const float* s, int n, Sums& sums) {
   }
   sums.logits += sum(total);
   sums.live += static_cast<int64_t>(sum(__builtin_convertvector(live, Vec)));
-}
-
-// Scale, soft-cap; a masked class (-inf) stays masked.
-static inline Vec transform(Vec x, float scale, float cap) {
-  Vec z = x * scale;
-  if (cap != 0.0f) {
-    const IntVec masked = z == -__builtin_inff();
-    z = select(masked, z, cap * tanh(z / cap));
-  }
-  return z;
-}
-
-// Floats of `n` logits from p on, padded with -inf to whole vectors: p itself where nothing has to
-// be done, else `buffer`.
-template <typename T>
-static const float* load_block(const char* row, int64_t column, int n, float scale, float cap,
-                               float* buffer) {
-  const T* p = reinterpret_cast<const T*>(row) + column;
-  const bool as_is = scale == 1.0f && cap == 0.0f;
-  const int whole = n / kLanes * kLanes;
-  if constexpr (std::is_same_v<T, float>) {
-    if (as_is && whole == n) return p;
-  }
-  for (int i = 0; i < whole; i += kLanes) {
-    store(buffer + i, as_is ? load(p + i) : transform(load(p + i), scale, cap));
-  }
-  if (whole < n) {
-    const Vec tail = load_first(p + whole, n - whole);
-    store(buffer + whole, select(first_lanes(n - whole), as_is ? tail : transform(tail, scale, cap),
-                                 splat(-__builtin_inff())));
-  }
-  return buffer;
 }
 
 // Rounds `n` floats to the dtype of the gradient.
@@ -177,16 +133,8 @@ static void store_block(char* row, int64_t column, const float* x, int n, bool p
   if (i < n) store_first(p + i, load(x + i), n - i);
 }
 
-// The memory side of a row, by dtype: one indirect call a block keeps the arithmetic out of the
-// dtype's templates.
-using LoadBlock = const float* (*)(const char*, int64_t, int, float, float, float*);
+// By dtype, as LoadBlock.
 using StoreBlock = void (*)(char*, int64_t, const float*, int, bool);
-
-static LoadBlock loader(Dtype dtype) {
-  if (dtype == Dtype::kBf16) return &load_block<Bf16>;
-  if (dtype == Dtype::kHalf) return &load_block<Half>;
-  return &load_block<float>;
-}
 
 static StoreBlock storer(Dtype dtype) {
   if (dtype == Dtype::kBf16) return &store_block<Bf16>;

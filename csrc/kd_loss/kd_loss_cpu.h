@@ -3,12 +3,10 @@
 
 #include <cstdint>
 
+#include "common/logits_cpu.h"
 #include "kd_loss/kd_loss.h"
 
 namespace kd {
-
-enum class Dtype : int { kFloat, kBf16, kHalf };
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 // A call, resolved to raw memory. Strides in elements.
 struct KdLossCall {
@@ -19,6 +17,9 @@ struct KdLossCall {
   const char* teacher;  // [rows, >= classes], or null
   char* grad;           // [rows, columns], or null: loss only
   int64_t student_stride, teacher_stride, grad_stride;
+  const int64_t* topk_ids;  // [rows, topk], of a sparse teacher
+  const float* topk_logprobs;
+  int64_t topk;
   const int64_t* labels;     // [rows], or null
   const float* row_weights;  // [rows], or null
   double scale;              // 1 / denominator
@@ -31,8 +32,6 @@ struct RowTerms {
 };
 
 // Floats of scratch a row needs: three values a class, and the reference of each block.
-constexpr int kBlock = 1024;
-inline int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
 inline int64_t scratch_floats(int64_t classes) { return blocks_of(classes) * (3 * kBlock + 2); }
 
 }  // namespace kd

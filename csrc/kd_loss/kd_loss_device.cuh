@@ -10,27 +10,11 @@
 // a gradient of exactly 0.
 #pragma once
 
+#include "common/logits.cuh"
 #include "common/reduce.cuh"
 #include "kd_loss/kd_loss_plan.h"
 
 namespace kd {
-
-constexpr float kLn2 = 0.693147180559945309f;
-constexpr double kLog2E = 1.44269504088896340736;
-constexpr float kMinusInf = -__builtin_huge_valf();
-constexpr float kNan = __builtin_nanf("");
-// Below any logit that matters, but finite: differences of maxima are never NaN.
-constexpr float kLowest = -1e30f;
-
-// From the stored x to the exponent of 2.
-struct LogitRule {
-  float per_logit;  // c, times scale where plain
-  float natural;    // from a difference of z to one of logits: scale where plain, else 1
-  float scale;
-  float softcap;      // 0: none
-  float per_softcap;  // 1 / softcap
-  bool plain;         // no softcap and a positive scale: z is x, the scale is in per_logit
-};
 
 // How CE, which is at temperature 1, gets its softmax from the exponents at T.
 enum class Heat { kSame, kSquared, kOther };
@@ -39,47 +23,17 @@ enum class Heat { kSame, kSquared, kOther };
 struct RowNumbers {
   LogitRule student, teacher;
   Heat heat;
-  bool want_ce, want_z, want_sums;  // sums: over the live logits, for smoothing and SPIKE
+  bool want_ce, want_z, want_sums;  // sums: over the live logits, for smoothing, SPIKE, UNIFORM
+  bool reverse;                     // which KL from a list
+  Tail tail;                        // of a list
   float temperature, beta, one_minus_beta;
   float ce_weight, kd_weight, z_loss, smoothing;
 };
-
-// tanh to about 2 ulp without a branch.
-__device__ __forceinline__ float tanh_f32(float x) {
-  const float t = fabsf(x);
-  const float s = x * x;
-  float p = fmaf(s, 1.57394409e-2f, -5.23039624e-2f);
-  p = fmaf(p, s, 1.33152977e-1f);
-  p = fmaf(p, s, -3.33327681e-1f);
-  const float near = fmaf(p * s, x, x);
-  const float e = exp2_approx(t * static_cast<float>(2.0 * kLog2E));
-  const float far = copysignf(1.0f - __fdividef(2.0f, e + 1.0f), x);
-  return t < 0.55f ? near : far;
-}
-
-// Stored logits to z, in place.
-template <int kSize>
-__device__ __forceinline__ void to_z(const LogitRule& rule, float (&x)[kSize]) {
-  if (rule.plain) return;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    float z = x[i] * rule.scale;
-    if (rule.softcap != 0.0f && z != kMinusInf) {
-      const float y = z * rule.per_softcap;  // one step of Newton makes it the quotient
-      z = rule.softcap * tanh_f32(fmaf(fmaf(-y, rule.softcap, z), rule.per_softcap, y));
-    }
-    x[i] = z;
-  }
-}
 
 // dz/dx where z is not x; 0 for a logit that is -inf.
 __device__ __forceinline__ float slope(const LogitRule& rule, float z) {
   const float y = z * rule.per_softcap;
   return z == kMinusInf ? 0.0f : rule.scale * fmaf(-y, y, 1.0f);
-}
-
-__device__ __forceinline__ float exponent(const LogitRule& rule, float z, float max) {
-  return __fmul_rn(z - max, rule.per_logit);
 }
 
 // What the logits seen so far add up to; also the form in which warps and blocks exchange it.
@@ -105,6 +59,8 @@ template <Divergence kD>
 struct RowMath {
   static constexpr bool kTeacher = Divergence::kForwardKl <= kD && kD <= Divergence::kTvd;
   static constexpr bool kMiddle = has_middle_pass(kD);
+  static constexpr bool kEntropy =
+      kD == Divergence::kNegEntropy || kD == Divergence::kListedEntropy;
 
   // ---- first pass: maxima, sums, expectations -----------------------------------------------
 
@@ -121,7 +77,7 @@ struct RowMath {
       s.cross = ft > 0.0f ? ft * fmaf(s.teacher_sum, ds, s.cross) : 0.0f;
     } else if constexpr (kD == Divergence::kReverseKl) {
       s.cross = fs > 0.0f ? fs * fmaf(s.student_sum, ds - dt, s.cross) : 0.0f;
-    } else if constexpr (kD == Divergence::kNegEntropy) {
+    } else if constexpr (kEntropy) {
       s.cross = fs > 0.0f ? fs * fmaf(s.student_sum, ds, s.cross) : 0.0f;
     }
     s.student_sum = __fmul_rn(s.student_sum, fs);
@@ -164,7 +120,7 @@ struct RowMath {
         } else if constexpr (kD == Divergence::kReverseKl) {
           if (es > 0.0f) s.cross = fmaf(es, as - at, s.cross);
         }
-      } else if constexpr (kD == Divergence::kNegEntropy) {
+      } else if constexpr (kEntropy) {
         if (es > 0.0f) s.cross = fmaf(es, as, s.cross);
       }
     }
@@ -188,11 +144,16 @@ struct RowMath {
     }
   }
 
+  // Makes room for a logit that is met by itself.
+  __device__ static __forceinline__ void raise(const RowNumbers& n, RowStats& s, float z) {
+    if (z > s.student_max) rebase(n, s, z, s.teacher_max);
+  }
+
   __device__ static __forceinline__ RowStats across_warp(const RowNumbers& n, RowStats s) {
     rebase(n, s, warp_max(s.student_max), kTeacher ? warp_max(s.teacher_max) : kLowest);
     s.student_sum = warp_sum(s.student_sum);
     if constexpr (kTeacher) s.teacher_sum = warp_sum(s.teacher_sum);
-    if constexpr (kD != Divergence::kNone && kD != Divergence::kSpike && !kMiddle) {
+    if constexpr (kTeacher ? !kMiddle : kEntropy) {
       s.cross = warp_sum(s.cross);
     }
     if (n.heat != Heat::kSame) s.hard_sum = warp_sum(s.hard_sum);
@@ -321,6 +282,7 @@ struct RowMath {
     float hard;              // of the exponentials at temperature 1, in CE and z-loss
     float spread;            // off every live class
     float label;             // off the label's class
+    float list, smoothing;   // of D's gradient, and off, a listed class
   };
 
   // The constants of the gradient of `factor * row`.
@@ -332,7 +294,7 @@ struct RowMath {
     g.student = soft / s.student_sum;
     if constexpr (kD == Divergence::kForwardKl || kD == Divergence::kSoftCe) {
       g.teacher = soft / s.teacher_sum;
-    } else if constexpr (kD == Divergence::kReverseKl || kD == Divergence::kNegEntropy) {
+    } else if constexpr (kD == Divergence::kReverseKl || kEntropy) {
       g.student *= kLn2;
     } else if constexpr (kD == Divergence::kJsd) {
       g.student *= kLn2 * n.one_minus_beta;
@@ -343,6 +305,8 @@ struct RowMath {
     g.hard = (ce + (n.want_z ? 2.0f * factor * n.z_loss * lse : 0.0f)) / hard_sum;
     g.spread = soft * share + (n.smoothing != 0.0f ? ce * n.smoothing / s.live : 0.0f);
     g.label = soft * (at_label - share) + ce * (1.0f - n.smoothing);
+    g.list = soft;
+    g.smoothing = g.spread;
     return g;
   }
 
@@ -363,7 +327,7 @@ struct RowMath {
         out[i] = __fsub_rn(__fmul_rn(g.student, es), __fmul_rn(g.teacher, exp2_approx(at)));
       } else if constexpr (kD == Divergence::kReverseKl) {
         out[i] = es > 0.0f ? g.student * es * ((as - at) - expectation) : 0.0f;
-      } else if constexpr (kD == Divergence::kNegEntropy) {
+      } else if constexpr (kEntropy) {
         out[i] = es > 0.0f ? g.student * es * (as - expectation) : 0.0f;
       } else if constexpr (kD == Divergence::kJsd) {
         const float d = clamped((at - as) - (teacher_log - student_log));
@@ -373,7 +337,7 @@ struct RowMath {
         const float pt = __fmul_rn(exp2_approx(at), per_teacher);
         const float sign = ps > pt ? 1.0f : ps < pt ? -1.0f : 0.0f;
         out[i] = g.student * es * (sign - expectation);
-      } else if constexpr (kD == Divergence::kSpike) {
+      } else if constexpr (kD == Divergence::kSpike || kD == Divergence::kListed) {
         out[i] = g.student * es;
       } else {
         out[i] = 0.0f;

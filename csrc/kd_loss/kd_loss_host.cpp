@@ -9,10 +9,10 @@ namespace kd {
 namespace {
 
 py::dict kd_loss_plan(int64_t classes, int element_size, int divergence, bool want_grad,
-                      bool aligned, int major, int shared_per_block) {
-  const KdLossPlan plan =
-      plan_kd_loss({classes, element_size, aligned, want_grad, static_cast<Divergence>(divergence)},
-                   {major, shared_per_block});
+                      bool aligned, int major, int shared_per_block, int entries) {
+  const KdLossPlan plan = plan_kd_loss(
+      {classes, element_size, aligned, want_grad, static_cast<Divergence>(divergence), entries},
+      {major, shared_per_block});
   py::dict result;
   result["on_chip"] = plan.on_chip;
   result["threads"] = plan.threads;
@@ -27,7 +27,7 @@ const HostBindings kBindings([](py::module_& m) {
   m.def("kd_loss_plan", &kd_loss_plan, "How a kd_loss call is laid out on a GPU.",
         py::arg("classes"), py::arg("element_size"), py::arg("divergence"),
         py::arg("want_grad") = true, py::arg("aligned") = true, py::arg("major") = 9,
-        py::arg("shared_per_block") = 232448);
+        py::arg("shared_per_block") = 232448, py::arg("entries") = 0);
 });
 
 }  // namespace

@@ -7,43 +7,10 @@
 // a gradient whose rows lie otherwise between the boundaries is read or written by elements.
 #pragma once
 
-#include "common/vector.cuh"
+#include "common/logits.cuh"
 #include "kd_loss/kd_loss_device.cuh"
 
 namespace kd {
-
-template <typename T>
-struct Matrix {
-  T* data;  // null: none
-  int64_t stride;
-};
-
-// A row of a matrix, and whether its vectors lie on 16-byte boundaries like the student's.
-template <typename T>
-struct RowView {
-  T* data;
-  bool aligned;
-
-  __device__ __forceinline__ RowView(const Matrix<T>& matrix, int64_t row, int shift)
-      : data(matrix.data + row * matrix.stride), aligned(misalignment(data) == shift) {}
-};
-
-// The classes [first, first + kVectorSize) of a row, -inf outside of [0, classes).
-template <typename scalar_t>
-__device__ __forceinline__ uint4 load_vector(const RowView<const scalar_t>& row, int first,
-                                             int classes) {
-  constexpr int kSize = kVectorSize<scalar_t>;
-  if (row.aligned && first >= 0 && first + kSize <= classes) {
-    return *reinterpret_cast<const uint4*>(row.data + first);
-  }
-  float x[kSize];
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int k = first + i;
-    x[i] = 0 <= k && k < classes ? static_cast<float>(row.data[k]) : kMinusInf;
-  }
-  return pack<scalar_t>(x);
-}
 
 template <typename scalar_t>
 __device__ __forceinline__ void store_vector(const RowView<scalar_t>& row, int first, int classes,

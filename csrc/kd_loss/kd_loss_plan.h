@@ -12,6 +12,9 @@ constexpr int kKdLossMaxThreads = 384;
 // Bytes of what a row is reduced to (asserted by the kernel).
 constexpr int kKdLossStatsBytes = 32;
 constexpr int kKdLossSumsBytes = 16;
+constexpr int kKdLossListBytes = 32;
+// Entries of a sparse teacher's list; as MOST_ENTRIES in topk_kd_loss/op.py.
+constexpr int kKdLossMostEntries = 1024;
 
 // What the plan has to know about the GPU.
 struct KdLossDevice {
@@ -24,7 +27,8 @@ struct KdLossProblem {
   int element_size;  // bytes of a logit
   bool aligned;      // every row starts on a 16-byte boundary
   bool want_grad;
-  Divergence divergence;
+  Divergence divergence;  // of the row kernel
+  int entries = 0;        // of a sparse teacher's list
 };
 
 struct KdLossPlan {
@@ -43,6 +47,11 @@ constexpr bool has_middle_pass(Divergence d) {
   return d == Divergence::kJsd || d == Divergence::kTvd;
 }
 
+// Shared memory of a list over `columns` classes: logit and id of each entry, a bit for each class.
+constexpr int list_space_bytes(int entries, int columns) {
+  return (8 * entries + (columns + 31) / 32 * 4 + 15) / 16 * 16;
+}
+
 namespace plan_detail {
 
 constexpr int kBytes = 16;
@@ -57,9 +66,10 @@ inline int threads_for(int64_t vectors, int most) {
   return static_cast<int>(std::clamp<int64_t>(warps * kWarpThreads, kWarpThreads, most));
 }
 
-// Shared memory of the two reductions: an entry for each warp and for each block of the cluster.
-inline int reduce_bytes(int threads, int ranks) {
-  return (threads / kWarpThreads + ranks) * (kKdLossStatsBytes + kKdLossSumsBytes);
+// Shared memory of the reductions: an entry for each warp and for each block of the cluster.
+inline int reduce_bytes(int threads, int ranks, bool listed) {
+  return (threads / kWarpThreads + ranks) *
+         (kKdLossStatsBytes + kKdLossSumsBytes + (listed ? kKdLossListBytes : 0));
 }
 
 }  // namespace plan_detail
@@ -68,6 +78,7 @@ inline KdLossPlan plan_kd_loss(const KdLossProblem& problem, const KdLossDevice&
   using namespace plan_detail;
   const int per_vector = kBytes / problem.element_size;
   const int models = needs_teacher(problem.divergence) ? 2 : 1;
+  const bool listed = is_listed(problem.divergence);
   // A row that starts off the boundary may touch one vector more.
   const int64_t slack = problem.aligned ? per_vector - 1 : 2 * (per_vector - 1);
   const int64_t vectors = (problem.classes + slack) / per_vector;
@@ -80,8 +91,9 @@ inline KdLossPlan plan_kd_loss(const KdLossProblem& problem, const KdLossDevice&
     plan.cluster = ranks;
     plan.vectors_a_rank = static_cast<int>(a_rank);
     plan.threads = threads_for(a_rank, most_threads);
-    const int64_t bytes =
-        reduce_bytes(plan.threads, ranks) + (on_chip ? a_rank * models * kBytes : 0);
+    int64_t bytes = reduce_bytes(plan.threads, ranks, listed);
+    if (listed) bytes += list_space_bytes(problem.entries, static_cast<int>(a_rank * per_vector));
+    if (on_chip) bytes += a_rank * models * kBytes;
     plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
     return bytes;
   };

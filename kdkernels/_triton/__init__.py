@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run, and device functions with more than one caller."""
+"""Whether Triton kernels can run; ``device.py`` has functions of more than one op's kernels."""
 
 from __future__ import annotations
 

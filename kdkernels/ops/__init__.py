@@ -1,5 +1,19 @@
 """Kernel contracts: 2-D, per row, no conventions. Users call :mod:`kdkernels.api`."""
 
-from kdkernels.ops import kd_loss, linear_kd_loss, scale_grad
+from kdkernels.ops import (
+    kd_loss,
+    linear_kd_loss,
+    linear_topk_kd_loss,
+    scale_grad,
+    topk_kd_loss,
+    topk_logprobs,
+)
 
-__all__ = ["kd_loss", "linear_kd_loss", "scale_grad"]
+__all__ = [
+    "kd_loss",
+    "linear_kd_loss",
+    "linear_topk_kd_loss",
+    "scale_grad",
+    "topk_kd_loss",
+    "topk_logprobs",
+]

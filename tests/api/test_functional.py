@@ -415,6 +415,7 @@ def test_module_refuses_unknown_options() -> None:
 def test_examples_in_docstrings_run() -> None:
     modules = (
         kdkernels.api.functional,
+        kdkernels.api.topk,
         kdkernels.api.nn,
         kdkernels.api.compat,
         kdkernels.api.backends,

@@ -54,12 +54,12 @@ def load() -> str | None:
             return reason
     for op in ops.__all__:
         module = importlib.import_module(f"kdkernels.ops.{op}.op")
-        if hasattr(module, "COMPOSED_OF"):
-            module.attach("emulated")
-            continue
         for primitive in vars(module).values():
-            if isinstance(primitive, Primitive) and primitive.name.startswith(op):
+            own = isinstance(primitive, Primitive) and primitive.name.startswith(op)
+            if own and primitive.compiled:
                 primitive.define("emulated")
+        if hasattr(module, "attach"):  # what runs another primitive's kernels
+            module.attach("emulated")
     torch.ops.load_library(str(path))
     _library = ctypes.CDLL(str(path))
     _library.emulated_device.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)

@@ -19,7 +19,13 @@ from emulation import backend, find_mutant
 from emulation.cases import LAYOUTS, SEEDS, Expected, device_for, make
 
 from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad, kd_loss_grad_
-from kdkernels.ops.kd_loss.spec import Divergence, Spec
+from kdkernels.ops.kd_loss.spec import Divergence, Spec, Tail
+from kdkernels.ops.topk_kd_loss.op import (
+    topk_kd_loss_forward,
+    topk_kd_loss_grad,
+    topk_kd_loss_grad_,
+)
+from kdkernels.ops.topk_kd_loss.reference import topk_kd_loss_reference
 
 REASON = backend.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -53,6 +59,40 @@ def test_layouts(layout: str, divergence: Divergence, dtype: torch.dtype) -> Non
             over = torch.full((4, stride), torch.nan, dtype=dtype)[:, :classes].copy_(student)
             kd_loss_grad_("emulated", over, *args[1:])
             assert torch.equal(over, got[2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tail", [Tail.BUCKET, Tail.UNIFORM], ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_of_a_list(layout: str, tail: Tail, dtype: torch.dtype) -> None:
+    torch.manual_seed(tail)
+    classes, stride, entries = 1100, 1103, 40
+    student = make(4, classes, dtype, stride=stride)
+    # Entries in every block of the cluster, one of them twice, one that does not count.
+    ids = torch.rand(4, classes - 10).argsort(1)[:, :entries].contiguous()
+    ids[:, 7], ids[:, 9], ids[2] = ids[:, 3], -1, ids[2].sort().values
+    logprobs = torch.randn(4, entries).log_softmax(1) - 0.3
+    labels = torch.tensor([int(ids[0, 5]), -100, 1089, 600])
+    student[1] = torch.nan
+    top = float((20.0 * (0.9 * student.float() / 20.0).tanh() / 0.7).softmax(1)[[0, 2, 3]].max())
+    unit = top * (0.4 + 0.6 / 0.7) / 3  # three valid rows
+    for divergence in (Divergence.FORWARD_KL, Divergence.REVERSE_KL):
+        spec = Spec(
+            divergence.value, 0.5, 0.7, 0.4, 0.6, 0.1, 1e-3, 0.9, 1.0, 20.0,
+            classes=classes - 10, tail=int(tail),
+        )  # fmt: skip
+        args = (student, ids, logprobs, labels, torch.rand(4), None, spec)
+        expected = Expected(*args, reference=topk_kd_loss_reference)
+        gpu = device_for(LAYOUTS[layout], classes - 10, dtype.itemsize, 1, entries)
+        for seed in SEEDS:
+            with backend.device(**gpu, seed=seed):
+                got = topk_kd_loss_grad("emulated", *args)
+                expected.check(got[0], grad=got[2], unit=unit)
+                again = topk_kd_loss_forward("emulated", *args)
+                expected.check(again[0], rows=again[2])
+                over = torch.full((4, stride), torch.nan, dtype=dtype)[:, :classes].copy_(student)
+                topk_kd_loss_grad_("emulated", over, *args[1:])
+                assert torch.equal(over, got[2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

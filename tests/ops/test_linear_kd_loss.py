@@ -14,10 +14,10 @@ from helpers.budget import assert_within_budget
 from torch import Tensor
 
 import kdkernels
+from kdkernels.ops._shared import chunks
 from kdkernels.ops.kd_loss import Divergence, Spec
 from kdkernels.ops.linear_kd_loss import (
     Heads,
-    chunks,
     linear_kd_loss,
     linear_kd_loss_rows,
     plan_chunk_rows,
@@ -283,7 +283,7 @@ def test_gemms_of_a_gpu_that_keep_float32(
     """The path of 16-bit heads on CUDA, its GEMMs (``out_dtype``) replaced by float32 ones."""
     if backend.device != "cpu" or backend.name == "reference":
         pytest.skip("on a GPU the dtype tests take this path; the reference has none")
-    multiply, opened = torch.mm, chunks._Head.__init__
+    multiply, opened = torch.mm, chunks.Head.__init__
 
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
         assert a.dtype == b.dtype == torch.bfloat16
@@ -296,7 +296,7 @@ def test_gemms_of_a_gpu_that_keep_float32(
     problem, spec = Problem(10), Spec(D.FORWARD_KL.value, ce_weight=0.5, kd_weight=0.5)
     oracle = expected(problem, spec, torch.bfloat16, wide=True)
     same = expected(problem, spec, torch.bfloat16, wide=False)
-    monkeypatch.setattr(chunks._Head, "__init__", init)
+    monkeypatch.setattr(chunks.Head, "__init__", init)
     monkeypatch.setattr(torch, "mm", mm)
     actual = run(backend, problem, spec, torch.bfloat16, chunk_rows=3)
     for a, o, s in zip(actual, oracle, same, strict=True):

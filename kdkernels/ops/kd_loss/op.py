@@ -1,4 +1,4 @@
-"""The contract of ``kd_loss``: primitives, fakes, backend support, autograd.
+"""The contract of ``kd_loss``: primitives, fakes, backend support, checks.
 
 Layers above (``kdkernels.api``) bring leading dimensions, reductions by name, masks, label shift
 and the conventions of papers; here everything is ``[rows, classes]`` and plain numbers.
@@ -6,60 +6,17 @@ and the conventions of papers; here everything is ``[rows, classes]`` and plain 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kdkernels import _backend, _checks, _native, _triton
-from kdkernels._op import Primitive, direct_apply, refuse_create_graph, transforms_active
+from kdkernels._op import transforms_active
+from kdkernels.ops._shared.row_loss import Others, declare, differentiable
 from kdkernels.ops.kd_loss.reference import kd_loss_reference
 from kdkernels.ops.kd_loss.spec import Spec
-from kdkernels.ops.scale_grad.op import scale_grad
 
-_FLOAT16 = torch.float16
-# What a kernel takes after the student: teacher, labels, row_weights, denominator, spec.
-Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Spec]
-# The numbers of a Spec are one list: fifteen arguments cost 1.5 us more a call.
-_INPUTS = (
-    "Tensor{} student, Tensor? teacher, Tensor? labels, Tensor? row_weights, "
-    "Tensor? denominator, float[] spec"
-)
-
-
-def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return (
-        student.new_empty((), dtype=dtype),
-        student.new_empty((4,), dtype=dtype),
-        student.new_empty((student.shape[0],), dtype=dtype),
-    )
-
-
-def _fake_grad(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_fake(student)[:2], student.new_empty(student.shape))
-
-
-def _fake_inplace(student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _fake(student)[:2]
-
-
-# Loss only, also per row.
-kd_loss_forward = Primitive(
-    "kd_loss", f"({_INPUTS.format('')}) -> (Tensor loss, Tensor parts, Tensor rows)", fake=_fake
-)
-# Loss and its gradient for the student's logits, in one pass.
-kd_loss_grad = Primitive(
-    "kd_loss_grad",
-    f"({_INPUTS.format('')}) -> (Tensor loss, Tensor parts, Tensor grad)",
-    fake=_fake_grad,
-)
-# The same, the gradient written over the student's logits.
-kd_loss_grad_ = Primitive(
-    "kd_loss_grad_",
-    f"({_INPUTS.format('(a!)')}) -> (Tensor loss, Tensor parts)",
-    fake=_fake_inplace,
-)
+kd_loss_forward, kd_loss_grad, kd_loss_grad_ = declare("kd_loss", "Tensor? teacher")
+_reduced, _per_row = differentiable("kd_loss", kd_loss_forward, kd_loss_grad, kd_loss_grad_)
 
 
 def kd_loss(
@@ -108,19 +65,7 @@ def kd_loss(
             raise NotImplementedError("kd_loss: inplace must be False for the reference backend")
         loss, parts, _ = kd_loss_reference(student, *others)
         return loss, parts
-    try:
-        if not student.requires_grad or not torch.is_grad_enabled():
-            loss, parts, _ = kd_loss_forward(name, student, *others)
-            return loss, parts
-        if inplace:
-            _check_inplace(student)
-        elif student.dtype is _FLOAT16:
-            result = _KDLossLate.apply(student, others, name, want_parts)
-            return result if want_parts else (result, None)
-        result = _apply(student, others, name, inplace, want_parts)
-    except RuntimeError as error:
-        raise _checks.as_contract("kd_loss", error) from None
-    return result if want_parts else (result, None)
+    return _reduced(name, student, others, inplace, want_parts)
 
 
 def kd_loss_rows(
@@ -140,114 +85,7 @@ def kd_loss_rows(
     name, student, others = _prepare(student, teacher, labels, row_weights, None, spec, backend)
     if name == "reference":
         return kd_loss_reference(student, *others)[2]
-    others = (*others[:4], spec._replace(mean=False))
-    try:
-        if student.requires_grad and torch.is_grad_enabled():
-            rows: Tensor = _KDLossRows.apply(student, others, name)
-        else:
-            _, _, rows = kd_loss_forward(name, student, *others)
-    except RuntimeError as error:
-        raise _checks.as_contract("kd_loss", error) from None
-    return rows
-
-
-class _KDLoss(torch.autograd.Function):
-    # Old-style forward(ctx, ...): setup_context costs 9 us more a call (measured, torch 2.13).
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        # In one tuple: nothing in it is differentiated, and each argument of apply() costs time.
-        others: Others,
-        backend: str,
-        inplace: bool,
-        want_parts: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if inplace:
-            loss, parts = kd_loss_grad_(backend, student, *others)
-            grad = student.detach()
-            if not torch.compiler.is_compiling():
-                # Whoever saved the logits for its own backward must notice.
-                torch.autograd.graph.increment_version(student)
-        else:
-            loss, parts, grad = kd_loss_grad(backend, student, *others)
-        ctx.save_for_backward(grad)
-        ctx.backend = backend
-        return _outputs(ctx, loss, parts, want_parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 5
-        refuse_create_graph("kd_loss")
-        (grad,) = ctx.saved_tensors
-        return scale_grad(grad, grad_loss, backend=ctx.backend), *(None,) * 4
-
-
-_apply = direct_apply(_KDLoss)
-
-
-class _KDLossLate(torch.autograd.Function):
-    """The gradient in the backward pass, for float16.
-
-    A gradient rounded to float16 before the loss scale of a GradScaler reaches it loses a quarter
-    of its elements (2048 x 4096 logits, measured).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, others: Others, backend: str, want_parts: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, parts, _ = kd_loss_forward(backend, student, *others)
-        _save(ctx, student, others, backend)
-        return _outputs(ctx, loss, parts, want_parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 4
-        return _late_gradient(ctx, grad_loss.expand(ctx.saved_tensors[0].shape[0])), *(None,) * 3
-
-
-class _KDLossRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, others: Others, backend: str) -> Tensor:
-        _, _, rows = kd_loss_forward(backend, student, *others)
-        _save(ctx, student, others, backend)
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return _late_gradient(ctx, grad_rows), None, None
-
-
-def _outputs(
-    ctx: Any, loss: Tensor, parts: Tensor, want_parts: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    if not want_parts:
-        return loss
-    ctx.mark_non_differentiable(parts)
-    ctx.set_materialize_grads(False)
-    return loss, parts
-
-
-def _save(ctx: Any, student: Tensor, others: Others, backend: str) -> None:
-    ctx.save_for_backward(student)
-    # Not differentiated, and a teacher from torch.inference_mode() could not be saved.
-    ctx.others, ctx.backend = others, backend
-
-
-def _late_gradient(ctx: Any, grad_rows: Tensor) -> Tensor:
-    """The gradient for upstream gradients of the rows, which enter as row weights."""
-    refuse_create_graph("kd_loss")
-    (student,) = ctx.saved_tensors
-    teacher, labels, row_weights, denominator, spec = ctx.others
-    weights = grad_rows if row_weights is None else grad_rows * row_weights
-    *_, grad = kd_loss_grad(
-        ctx.backend, student, teacher, labels, weights.contiguous(), denominator, spec
-    )
-    return grad
+    return _per_row(name, student, others)
 
 
 def unsupported(
@@ -289,9 +127,15 @@ def _prepare(
 ) -> tuple[str, Tensor, Others]:
     """Checks the tensors; returns the backend, and the tensors as every kernel reads them."""
     device = student.device
-    usual = _usual(student, teacher, labels, row_weights, denominator, device)
-    if not usual:
-        _check(student, teacher, labels, row_weights, denominator, spec)
+    others: Others = (teacher, labels, None, None, spec)
+    if not _usual(student, teacher, labels, row_weights, denominator, device):
+        _checks.float_matrix("kd_loss", "student", student)
+        if teacher is not None:
+            _check_teacher(student, teacher, spec)
+            teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
+        per_row = _checks.row_inputs("kd_loss", student, labels, row_weights, denominator)
+        student = student if student.stride(1) == 1 else student.contiguous()
+        others = (teacher, *per_row, spec)
     if teacher is None and spec.needs_teacher:
         raise ValueError("kd_loss: teacher must be given for this divergence, got None")
     if labels is None and spec.needs_labels:
@@ -303,9 +147,7 @@ def _prepare(
     name = _backend.choose("kd_loss", device.type, backend, unsupported, student, teacher)
     if name == "reference" and labels is not None:
         _checks.labels_in_range("kd_loss", labels, student.shape[1], spec)
-    if usual:
-        return name, student, (teacher, labels, None, None, spec)
-    return name, *_kernel_inputs(student, teacher, labels, row_weights, denominator, spec)
+    return name, student, others
 
 
 def _usual(
@@ -342,30 +184,6 @@ def _usual(
     )
 
 
-def _check(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    row_weights: Tensor | None,
-    denominator: Tensor | None,
-    spec: Spec,
-) -> None:
-    """Raises for the first tensor that breaks the contract."""
-    _checks.float_matrix("kd_loss", "student", student)
-    rows, device = student.shape[0], student.device
-    if teacher is not None:
-        _check_teacher(student, teacher, spec)
-    if labels is not None:
-        _checks.row_vector("kd_loss", "labels", labels, rows, (torch.int64,))
-        _checks.same_device("kd_loss", "labels", labels, device)
-    if row_weights is not None:
-        _checks.row_vector("kd_loss", "row_weights", row_weights, rows, _checks.FLOAT_DTYPES)
-        _checks.same_device("kd_loss", "row_weights", row_weights, device)
-        _checks.no_grad("kd_loss", "row_weights", row_weights)
-    if denominator is not None:
-        _checks.same_device("kd_loss", "denominator", denominator, device)
-
-
 def _check_teacher(student: Tensor, teacher: Tensor, spec: Spec) -> None:
     _checks.float_matrix("kd_loss", "teacher", teacher)
     _checks.same_device("kd_loss", "teacher", teacher, student.device)
@@ -384,39 +202,3 @@ def _check_teacher(student: Tensor, teacher: Tensor, spec: Spec) -> None:
         raise ValueError(
             f"kd_loss: teacher must have at least {spec.classes} classes, got {teacher.shape[1]}"
         )
-
-
-def _check_inplace(student: Tensor) -> None:
-    """The gradient may overwrite these logits."""
-    base = student if student._base is None else student._base
-    if base.is_leaf and base.requires_grad:
-        raise ValueError(
-            "kd_loss: student must not be a leaf tensor, nor a view of one, with inplace=True"
-        )
-    if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
-        raise ValueError(
-            "kd_loss: student must not overlap itself with inplace=True, got row stride "
-            f"{student.stride(0)} for {student.shape[1]} columns"
-        )
-
-
-def _kernel_inputs(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    row_weights: Tensor | None,
-    denominator: Tensor | None,
-    spec: Spec,
-) -> tuple[Tensor, Others]:
-    """Layouts and dtypes as every kernel reads them; what already fits is passed on as it is."""
-    accumulate = torch.float64 if student.dtype == torch.float64 else torch.float32
-    student = student if student.stride(1) == 1 else student.contiguous()
-    if teacher is not None and teacher.stride(1) != 1:
-        teacher = teacher.contiguous()
-    if labels is not None:
-        labels = labels.contiguous()
-    if row_weights is not None:
-        row_weights = row_weights.to(accumulate).contiguous()
-    if denominator is not None:
-        denominator = denominator.to(accumulate)
-    return student, (teacher, labels, row_weights, denominator, spec)

@@ -6,6 +6,8 @@ Plain differentiable PyTorch, so it serves as a backend of its own (any device, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,26 @@ def kd_loss_reference(
     spec: Spec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``(loss [], parts [4], rows [rows])``; see ``op.py`` for the contract."""
+
+    def divergence(z: Tensor, valid: Tensor) -> Tensor:
+        t = None
+        if teacher is not None:
+            scale, cap = spec.teacher_scale, spec.teacher_softcap
+            t = _logits(teacher, valid, z.shape[1], scale, cap, z.dtype)
+        return _divergence(z, t, z > -torch.inf, labels, valid, spec)
+
+    return reduced_rows(student, labels, row_weights, denominator, spec, divergence)
+
+
+def reduced_rows(
+    student: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    denominator: Tensor | None,
+    spec: Spec,
+    divergence_of: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of the loss but the divergence, which comes from the student's ``z`` and valid rows."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     valid = _valid_rows(student, labels, spec)
     classes = spec.classes if spec.classes >= 0 else student.shape[1]
@@ -30,12 +52,7 @@ def kd_loss_reference(
 
     zero = z.new_zeros(z.shape[0])
     ce = _cross_entropy(log_p, live, labels, valid, spec) if spec.needs_ce else zero
-    divergence = zero
-    if spec.needs_divergence:
-        t = None
-        if teacher is not None:
-            t = _logits(teacher, valid, classes, spec.teacher_scale, spec.teacher_softcap, dtype)
-        divergence = _divergence(z, t, live, labels, valid, spec)
+    divergence = divergence_of(z, valid) if spec.needs_divergence else zero
     lse_squared = z.logsumexp(1).square() if spec.needs_z else zero
 
     weight = valid.to(dtype)

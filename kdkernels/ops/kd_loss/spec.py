@@ -24,6 +24,21 @@ class Divergence(enum.IntEnum):
     NEG_ENTROPY = 7  # sum p_s log p_s
 
 
+class Tail(enum.IntEnum):
+    """What stands for the teacher's mass outside of its listed classes, where it is sparse."""
+
+    FULL = 0  # not sparse: a logit for every class
+    BUCKET = 1  # one more class, in both models
+    RENORM = 2  # nothing: both models are normalised over the listed classes
+    NONE = 3  # nothing: the sum is cut off
+    UNIFORM = 4  # spread evenly over the other live classes
+
+
+# What the row kernels make of a spec with a tail: some classes are met one by one, the others as
+# one lot, of whose gradient the second needs more than a sum. As in csrc/kd_loss/kd_loss.h.
+LISTED, LISTED_ENTROPY = 8, 9
+
+
 class Spec(NamedTuple):
     """The scalars of a call, in the order of the operator's schema.
 
@@ -48,6 +63,7 @@ class Spec(NamedTuple):
     classes: int = -1  # columns from here on are padding: no mass, zero gradient; -1: no padding
     mean: bool = True  # divide by the number of valid rows (unless a denominator is given)
     want_ce: bool = False  # report CE even where its weight is 0
+    tail: int = Tail.FULL  # of a sparse teacher (topk_kd_loss)
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spec:
@@ -59,6 +75,7 @@ class Spec(NamedTuple):
             classes=int(spec.classes),
             mean=bool(spec.mean),
             want_ce=bool(spec.want_ce),
+            tail=int(spec.tail),
         )
 
     @property
@@ -69,7 +86,7 @@ class Spec(NamedTuple):
     @property
     def needs_teacher(self) -> bool:
         """Whether D reads a teacher's logits."""
-        return 1 <= self.divergence <= 5
+        return 1 <= self.divergence <= 5 and self.tail == 0
 
     @property
     def needs_divergence(self) -> bool:

@@ -15,7 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.ops.kd_loss.spec import Divergence
+from kdkernels._triton.device import to_z
+from kdkernels.ops.kd_loss.spec import LISTED, LISTED_ENTROPY, Divergence
+from kdkernels.ops.kd_loss.triton_listed import meet_list, unlisted
 
 _FORWARD_KL = tl.constexpr(int(Divergence.FORWARD_KL))
 _SOFT_CE = tl.constexpr(int(Divergence.SOFT_CE))
@@ -24,6 +26,8 @@ _JSD = tl.constexpr(int(Divergence.JSD))
 _TVD = tl.constexpr(int(Divergence.TVD))
 _SPIKE = tl.constexpr(int(Divergence.SPIKE))
 _NEG_ENTROPY = tl.constexpr(int(Divergence.NEG_ENTROPY))
+_LISTED = tl.constexpr(LISTED)
+_LISTED_ENTROPY = tl.constexpr(LISTED_ENTROPY)
 _INF = tl.constexpr(float("inf"))
 _TINY = tl.constexpr(2.0**-126)  # smallest normal float32
 # Where a running maximum starts: finite, so that a block of -inf gives no -inf - -inf.
@@ -31,31 +35,26 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _tanh(x):
-    """Tanh to 2 ulp: near 0 an odd polynomial (Cephes), since 1 - 2 / (e^2x + 1) cancels."""
-    square = x * x
-    near = -5.70498872745e-3 * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    near = near * square * x + x
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def _logits(row_ptr, cols, classes, scale, softcap, SOFTCAP: tl.constexpr):
     """Logits of some columns in float32; -inf, which carries no mass, outside the classes."""
     inside = cols < classes
-    z = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32) * scale
-    if SOFTCAP:
-        z = tl.where(z == -_INF, z, softcap * _tanh(z / softcap))
+    z = to_z(
+        tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32), scale, softcap, SOFTCAP
+    )
     return tl.where(inside, z, -_INF)
 
 
 @triton.jit
 def _student(row, cols, s, F: tl.constexpr):
+    """The student's logits; -inf for the classes of a sparse teacher's list."""
+    z = _any_student(row, cols, s, F)
+    if F.listed:
+        z = tl.where(unlisted(row[3], cols, cols < row[2]), z, -_INF)
+    return z
+
+
+@triton.jit
+def _any_student(row, cols, s, F: tl.constexpr):
     return _logits(row[0], cols, row[2], s.student_scale, s.student_softcap, F.student_cap)
 
 
@@ -100,7 +99,7 @@ def _statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
         e_s = tl.exp((z - top_s) * s.inv_t)
         keep_s = tl.exp((max_s - top_s) * s.inv_t)
         fall_s = _fall(max_s, top_s)
-        if F.divergence == _NEG_ENTROPY:
+        if F.divergence == _NEG_ENTROPY or F.divergence == _LISTED_ENTROPY:
             dot = _rescale(dot, fall_s, sum_s, keep_s)
             dot += tl.where(e_s > 0.0, e_s * (z - top_s), 0.0)
         if F.teacher:
@@ -226,9 +225,14 @@ def _divergence(part, expect, z_label, s, F: tl.constexpr):
 
 
 @triton.jit
-def _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, s, F: tl.constexpr):
-    """Derivative of the divergence for the student's logits divided by the temperature."""
-    if F.divergence == _FORWARD_KL or F.divergence == _SOFT_CE:
+def _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, tail, s, F: tl.constexpr):
+    """Derivative of the divergence for the student's logits divided by the temperature.
+
+    ``tail`` is what ``meet_list`` says of the classes outside of a list.
+    """
+    if F.divergence == _LISTED:
+        return tail[0] * p_s - tl.where(z > -_INF, tail[1], 0.0)
+    elif F.divergence == _FORWARD_KL or F.divergence == _SOFT_CE:
         return p_s - p_t
     elif F.divergence == _SPIKE:
         at_label, share = _spike(live, s.beta)
@@ -247,7 +251,18 @@ def _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, s, F: tl.constexpr)
 
 @triton.jit
 def _gradient(
-    row, grad_row, columns, label, factor, part, live, mean, s, F: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    grad_row,
+    columns,
+    label,
+    factor,
+    part,
+    live,
+    mean,
+    tail,
+    s,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The last pass. ``grad_row`` may be the student's: a block is read before it is written."""
     max_s, _, total_1, _, _ = part
@@ -259,7 +274,7 @@ def _gradient(
         z, t, e_s, p_s, p_t = _probabilities(row, cols, part, s, F)
         slope = tl.zeros([BLOCK], tl.float32)
         if F.divergence != 0:
-            kd = _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, s, F)
+            kd = _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, tail, s, F)
             slope = s.kd_weight * s.inv_t * kd
         if F.hard:
             e_1 = e_s
@@ -279,20 +294,52 @@ def _gradient(
 
 
 @triton.jit
+def _listed_gradient(listed, cols, grad_row, label, factor, part, live, s, F: tl.constexpr):
+    """Writes the gradients of the listed classes ``cols`` over what the last pass left there."""
+    z, e_1, slope = listed
+    max_s, _, total_1, _, _ = part
+    slope = s.kd_weight * s.inv_t * slope
+    if F.hard:
+        hard = s.ce_weight + 2.0 * s.z_loss * (max_s + tl.log(total_1))
+        on_label = s.ce_weight * (1.0 - s.label_smoothing)
+        slope += hard * (e_1 * (1.0 / total_1)) - tl.where(cols == label, on_label, 0.0)
+        if F.smoothing:
+            slope -= tl.where(z > -_INF, s.ce_weight * s.label_smoothing / live, 0.0)
+    slope *= factor * s.student_scale
+    if F.student_cap:
+        capped = z / s.student_softcap
+        slope = tl.where(z == -_INF, 0.0, slope * (1.0 - capped * capped))
+    tl.debug_barrier()  # other threads have written there
+    tl.store(grad_row + cols, slope.to(grad_row.dtype.element_ty), mask=cols >= 0)
+
+
+@triton.jit
 def _valid_row(
-    row, grad_row, columns, label, weight, scale, s, F: tl.constexpr, BLOCK: tl.constexpr
+    row, grad_row, columns, label, weight, scale, entries, s, F: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Loss and terms of one row; writes its gradient unless ``grad_row`` is None."""
     part, expect = _statistics(row, s, F, BLOCK)
-    max_s, log_1, live = part[0], tl.log(part[2]), expect[2]
     factor = weight * scale
+    ce, divergence, mean, square = 0.0, 0.0, 0.0, 0.0
+    tail = (0.0, 0.0, 0.0)
+    if F.listed:
+        cols, log_p = entries
+        z = _any_student(row, tl.maximum(cols, 0), s, F)
+        kept = cols >= 0
+        part, expect, divergence, listed, tail = meet_list(
+            z, log_p, kept, part, expect, row[2], s, F
+        )
+        mean = tail[2]
+        wrong = tl.min(cols, 0) < -1
+        divergence = tl.where(wrong, float("nan"), divergence)
+        factor = tl.where(wrong, float("nan"), factor)
+    max_s, log_1, live = part[0], tl.log(part[2]), expect[2]
     z_label = 0.0
     if F.needs_labels:
         inside = (label >= 0) & (label < row[2])
-        z_label = _student(row, tl.where(inside, label, 0), s, F)
+        z_label = _any_student(row, tl.where(inside, label, 0), s, F)
         z_label = tl.where(inside, z_label, float("nan"))
         factor = tl.where(inside, factor, float("nan"))
-    ce, divergence, mean, square = 0.0, 0.0, 0.0, 0.0
     if F.needs_ce:
         ce = log_1 + (max_s - z_label)
         if F.smoothing:
@@ -300,12 +347,14 @@ def _valid_row(
             ce = (1.0 - s.label_smoothing) * ce + s.label_smoothing * uniform
     if F.divergence == _JSD or F.divergence == _TVD:
         divergence, mean = _compare(row, part, s, F, BLOCK)
-    elif F.divergence != 0:
+    elif F.divergence != 0 and not F.listed:
         divergence, mean = _divergence(part, expect, z_label, s, F)
     if F.needs_z:
         square = (max_s + log_1) * (max_s + log_1)
     if grad_row is not None:
-        _gradient(row, grad_row, columns, label, factor, part, live, mean, s, F, BLOCK)
+        _gradient(row, grad_row, columns, label, factor, part, live, mean, tail, s, F, BLOCK)
+        if F.listed:
+            _listed_gradient(listed, cols, grad_row, label, factor, part, live, s, F)
     # An infinite term without a weight is no NaN.
     loss = tl.where(s.ce_weight != 0.0, s.ce_weight * ce, 0.0)
     loss += tl.where(s.kd_weight != 0.0, s.kd_weight * divergence, 0.0) + s.z_loss * square
@@ -322,6 +371,11 @@ def kd_loss_kernel(
     rows_ptr,  # [rows] float32
     terms_ptr,  # [3, rows] float32: weighted CE, divergence, squared log-partition
     grad_ptr,  # [rows, columns] or None
+    words_ptr,  # [rows, words] int32: a bit for each listed class; or None
+    ids_ptr,  # [rows, entries] int32: -1 for none, -2 for one out of range; or None
+    logprobs_ptr,  # [rows, entries] float32 or None
+    words,
+    entries,
     student_stride,
     teacher_stride,
     grad_stride,
@@ -331,6 +385,7 @@ def kd_loss_kernel(
     s,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
+    LIST: tl.constexpr,
 ):
     """One program a row; ``s`` and ``F`` are ``Scalars`` and ``Flags`` of ``triton_launch``."""
     row = tl.program_id(0).to(tl.int64)
@@ -348,9 +403,17 @@ def kd_loss_kernel(
         if row_weights_ptr is not None:
             weight = tl.load(row_weights_ptr + row).to(tl.float32)
         scale = tl.load(sums_ptr)
-        logits = (student_row, teacher_row, classes)
+        words_row = words_ptr
+        listed = None
+        if F.listed:
+            words_row = words_ptr + row * words
+            place = tl.arange(0, LIST)
+            ids = tl.load(ids_ptr + row * entries + place, mask=place < entries, other=-1)
+            log_p = tl.load(logprobs_ptr + row * entries + place, mask=ids >= 0, other=-_INF)
+            listed = (ids, log_p)
+        logits = (student_row, teacher_row, classes, words_row)
         loss, ce, divergence, square = _valid_row(
-            logits, grad_row, columns, label, weight, scale, s, F, BLOCK
+            logits, grad_row, columns, label, weight, scale, listed, s, F, BLOCK
         )
     elif grad_ptr is not None:
         for start in range(0, columns, BLOCK):

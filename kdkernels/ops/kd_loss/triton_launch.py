@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdkernels._triton import device_guard
 from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad, kd_loss_grad_
-from kdkernels.ops.kd_loss.spec import Divergence, Spec
+from kdkernels.ops.kd_loss.spec import LISTED, LISTED_ENTROPY, Divergence, Spec, Tail
 
 
 class Flags(NamedTuple):
@@ -30,6 +30,17 @@ class Flags(NamedTuple):
     uniform: bool  # sums over all live classes are needed
     student_cap: bool
     teacher_cap: bool
+    listed: bool  # the teacher is a list
+    reverse: bool  # which KL from a list
+    tail: int
+
+
+class List(NamedTuple):
+    """A sparse teacher's list, as the row kernel reads it."""
+
+    words: Tensor  # [rows, words] int32: a bit for each listed class
+    ids: Tensor  # [rows, entries] int32: -1 for none, -2 for one out of range
+    logprobs: Tensor  # [rows, entries] float32
 
 
 class Scalars(NamedTuple):
@@ -56,8 +67,12 @@ def flags_of(spec: Spec) -> Flags:
         temperatures = 2 if spec.temperature == 2.0 else 3
     smoothing = spec.needs_ce and spec.label_smoothing != 0.0
     spike = divergence == Divergence.SPIKE
+    reverse = divergence == Divergence.REVERSE_KL
+    listed = spec.tail != Tail.FULL.value and spec.needs_divergence
+    spread = listed and spec.tail == Tail.UNIFORM.value
+    kind = LISTED_ENTROPY if reverse and spread else LISTED
     return Flags(
-        divergence=int(divergence),
+        divergence=kind if listed else int(divergence),
         teacher=spec.needs_teacher,
         temperatures=temperatures,
         needs_ce=spec.needs_ce,
@@ -65,9 +80,12 @@ def flags_of(spec: Spec) -> Flags:
         needs_labels=spec.needs_ce or spike,
         hard=spec.ce_weight != 0.0 or spec.needs_z,
         smoothing=smoothing,
-        uniform=smoothing or spike,
+        uniform=smoothing or spike or spread,
         student_cap=spec.student_softcap != 0.0,
         teacher_cap=spec.teacher_softcap != 0.0,
+        listed=listed,
+        reverse=listed and reverse,
+        tail=spec.tail if listed else 0,
     )
 
 
@@ -93,25 +111,35 @@ def block_of(columns: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
+def list_block(entries: int) -> int:
+    """Entries of a list a program works on: all, and a power of two."""
+    return max(16, 1 << (entries - 1).bit_length())
+
+
 # Rows a step of the two one-program kernels that go over all rows.
 _ROW_BLOCK = 1024
 
 
-def _launch(
+def launch(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | List | None,
     labels: Tensor | None,
     row_weights: Tensor | None,
     denominator: Tensor | None,
     spec: Spec,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills ``grad`` where there is one; returns loss, parts and row losses."""
     from kdkernels.ops.kd_loss import triton_kernels as kernels
 
     rows, columns = student.shape
     classes = columns if spec.classes < 0 else spec.classes
     flags = flags_of(spec)
-    if not flags.teacher:
+    words = ids = logprobs = None
+    if flags.listed:
+        assert isinstance(teacher, List)
+        words, ids, logprobs = teacher
+    if not flags.teacher or isinstance(teacher, List):
         teacher = None
     block, warps = block_of(columns)
     loss = student.new_empty((), dtype=torch.float32)
@@ -140,6 +168,11 @@ def _launch(
                 losses,
                 terms,
                 grad,
+                words,
+                ids,
+                logprobs,
+                0 if words is None else words.shape[1],
+                0 if ids is None else ids.shape[1],
                 student.stride(0),
                 0 if teacher is None else teacher.stride(0),
                 0 if grad is None else grad.stride(0),
@@ -149,6 +182,7 @@ def _launch(
                 scalars_of(spec),
                 F=flags,
                 BLOCK=block,
+                LIST=1 if ids is None else list_block(ids.shape[1]),
                 num_warps=warps,
                 enable_fp_fusion=False,
             )
@@ -168,7 +202,7 @@ def kd_loss_forward_triton(
     spec: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, parts and row losses; see ``op.py``."""
-    return _launch(student, teacher, labels, row_weights, denominator, Spec.of(spec), None)
+    return launch(student, teacher, labels, row_weights, denominator, Spec.of(spec), None)
 
 
 @kd_loss_grad.launcher("triton")
@@ -183,7 +217,7 @@ def kd_loss_grad_triton(
     """The same and the gradient for the student's logits, in one pass over the rows."""
     grad = student.new_empty(student.shape)
     args = (student, teacher, labels, row_weights, denominator, Spec.of(spec), grad)
-    return (*_launch(*args)[:2], grad)
+    return (*launch(*args)[:2], grad)
 
 
 @kd_loss_grad_.launcher("triton")
@@ -197,4 +231,4 @@ def kd_loss_grad_inplace_triton(
 ) -> tuple[Tensor, Tensor]:
     """The same, the gradient written over the student's logits."""
     args = (student, teacher, labels, row_weights, denominator, Spec.of(spec), student)
-    return _launch(*args)[:2]
+    return launch(*args)[:2]

@@ -1,40 +1,28 @@
-"""The contract of ``linear_kd_loss``: chunks of rows, the library's GEMMs, the rows of ``kd_loss``.
-
-Logits exist for one chunk of rows at a time, in float32 (never rounded to the 16-bit dtype of the
-hidden states), are overwritten by their gradient, and feed the two GEMMs of the backward pass at
-once. Everything is computed in the forward pass: 6 NVHs + 2 NVHt operations where recomputing the
-logits would take 8 + 4.
-"""
+"""The contract of ``linear_kd_loss``: the library's GEMMs and the rows of ``kd_loss``."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdkernels import _backend, _checks
-from kdkernels._op import Primitive, refuse_create_graph
 from kdkernels.ops import kd_loss as kd
+from kdkernels.ops._shared import linear_loss
+from kdkernels.ops._shared.chunks import Call, dense_teacher
+from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad_
 from kdkernels.ops.kd_loss.spec import Spec
-from kdkernels.ops.linear_kd_loss.chunks import accumulate, forward, gradients, kept
 from kdkernels.ops.linear_kd_loss.reference import linear_kd_loss_reference
-from kdkernels.ops.scale_grad.op import scale_grad
 
 # Its kernels are those of this op; it has none of its own.
 COMPOSED_OF = "kd_loss"
+_OP = "linear_kd_loss"
 
-# A chunk's logits take this share of all logits: the heads are read four times, which is little
-# beside the GEMMs, and the peak is an eighth of what eager code holds.
-_SHARE = 1 / 4
-_LEAST_BYTES, _MOST_BYTES = 64 << 20, 512 << 20
-
-_HEADS = (
-    "Tensor student, Tensor student_weight, Tensor? student_bias, Tensor? teacher, "
-    "Tensor? teacher_weight, Tensor? teacher_bias"
+linear_kd_loss_forward, linear_kd_loss_grad = linear_loss.declare(
+    _OP, "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias"
 )
-_ROWS = "Tensor? labels, Tensor? row_weights, Tensor? denominator, float[] spec, int chunk_rows"
+_reduced, _per_row = linear_loss.differentiable(_OP, linear_kd_loss_forward, linear_kd_loss_grad)
 
 
 class Heads(NamedTuple):
@@ -44,43 +32,6 @@ class Heads(NamedTuple):
     student_bias: Tensor | None = None  # [columns]
     teacher_weight: Tensor | None = None  # [columns, teacher width]
     teacher_bias: Tensor | None = None
-
-
-def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulate(student.dtype)
-    sizes: tuple[tuple[Any, ...], ...] = ((), (4,), (student.shape[0],))
-    loss, parts, rows = (student.new_empty(size, dtype=dtype) for size in sizes)
-    return loss, parts, rows
-
-
-def _fake_grad(
-    student: Tensor, weight: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wants_hidden, wants_weight, wants_bias = args[-1]
-    dtype = kept(student.dtype)
-    return (
-        *_fake(student)[:2],
-        student.new_empty(student.shape if wants_hidden else (0,), dtype=dtype),
-        student.new_empty(weight.shape if wants_weight else (0,), dtype=kept(weight.dtype)),
-        student.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=kept(weight.dtype)),
-    )
-
-
-# Loss only, also per row.
-linear_kd_loss_forward = Primitive(
-    "linear_kd_loss",
-    f"({_HEADS}, {_ROWS}) -> (Tensor loss, Tensor parts, Tensor rows)",
-    fake=_fake,
-    compiled=False,
-)
-# Loss and gradients; wanted: of hidden states, weight, bias. An unwanted one is empty.
-linear_kd_loss_grad = Primitive(
-    "linear_kd_loss_grad",
-    f"({_HEADS}, {_ROWS}, bool[] wanted) "
-    "-> (Tensor loss, Tensor parts, Tensor hidden, Tensor weight, Tensor bias)",
-    fake=_fake_grad,
-    compiled=False,
-)
 
 
 def linear_kd_loss(
@@ -110,7 +61,8 @@ def linear_kd_loss(
         spec: as in ``kd_loss``.
         heads: weights ``[columns, width]`` and biases ``[columns]``, in the dtypes of the hidden
             states (under autocast everything is cast to its dtype). The student's get a gradient.
-        chunk_rows: rows whose logits exist at a time; ``None``: see :func:`plan_chunk_rows`.
+        chunk_rows: rows whose logits exist at a time; ``None``: see
+            :func:`~kdkernels.ops.linear_kd_loss.plan_chunk_rows`.
         inplace: must be ``False``.
         want_parts: as in ``kd_loss``.
         backend: as in ``kd_loss``.
@@ -123,21 +75,13 @@ def linear_kd_loss(
     """
     if inplace:
         raise ValueError("linear_kd_loss: inplace must be False, got True")
-    name, tensors = _prepare(
-        student, teacher, labels, row_weights, denominator, spec, heads, backend
+    name, tensors, chunk = _prepare(
+        student, teacher, labels, row_weights, denominator, spec, heads, chunk_rows, backend
     )
     if name == "reference":
         loss, parts, _ = linear_kd_loss_reference(*(*tensors, spec))
         return loss, parts
-    chunk = _chunk_rows(student, heads, spec, chunk_rows)
-    try:
-        if not _wants_grad(tensors):
-            loss, parts, _ = linear_kd_loss_forward(name, *tensors, spec, chunk)
-            return loss, parts
-        loss, parts = _LinearKDLoss.apply(*tensors[:3], tensors[3:], spec, chunk, name)
-    except RuntimeError as error:
-        raise _checks.as_contract("kd_loss", error) from None
-    return loss, parts
+    return _reduced(name, tensors, spec, chunk)
 
 
 def linear_kd_loss_rows(
@@ -152,36 +96,12 @@ def linear_kd_loss_rows(
     backend: str | None = None,
 ) -> Tensor:
     """As :func:`linear_kd_loss`, one value a row; the gradient is computed in the backward pass."""
-    name, tensors = _prepare(student, teacher, labels, row_weights, None, spec, heads, backend)
+    name, tensors, chunk = _prepare(
+        student, teacher, labels, row_weights, None, spec, heads, chunk_rows, backend
+    )
     if name == "reference":
         return linear_kd_loss_reference(*(*tensors, spec))[2]
-    chunk = _chunk_rows(student, heads, spec, chunk_rows)
-    spec = spec._replace(mean=False)
-    try:
-        if _wants_grad(tensors):
-            rows: Tensor = _LinearKDLossRows.apply(*tensors[:3], tensors[3:], spec, chunk, name)
-        else:
-            _, _, rows = linear_kd_loss_forward(name, *tensors, spec, chunk)
-    except RuntimeError as error:
-        raise _checks.as_contract("kd_loss", error) from None
-    return rows
-
-
-def plan_chunk_rows(rows: int, columns: int, models: int = 2, budget: int | None = None) -> int:
-    """Rows whose float32 logits fit a budget, all chunks about equal.
-
-    Args:
-        rows: in all.
-        columns: of the logits of one model.
-        models: 2 with a teacher, else 1.
-        budget: bytes for the logits of a chunk. Default: a quarter of all logits, but 64 to 512 MB.
-    """
-    a_row = 4 * columns * models
-    if budget is None:
-        budget = int(min(max(_SHARE * rows * a_row, _LEAST_BYTES), _MOST_BYTES))
-    most = max(1, budget // max(a_row, 1))
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    return _per_row(name, tensors, spec, chunk)
 
 
 def unsupported(
@@ -192,91 +112,26 @@ def unsupported(
     return kd.unsupported(backend, student, device=device or student.device.type)
 
 
+def _call(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    *others: Any,
+) -> Call:
+    def side(spec: Spec, classes: int) -> Any:
+        hidden = teacher if spec.needs_teacher else None
+        return dense_teacher(hidden, teacher_weight, teacher_bias, classes)
+
+    return Call(student, weight, bias, side, *others)
+
+
 def attach(backend: str) -> None:
     """Makes a backend of ``kd_loss`` one of this op."""
-    linear_kd_loss_forward.launcher(backend)(partial(forward, backend))
-    linear_kd_loss_grad.launcher(backend)(partial(gradients, backend))
-
-
-# ---- autograd ------------------------------------------------------------------------------------
-
-
-class _LinearKDLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        others: tuple[Tensor | None, ...],
-        spec: Spec,
-        chunk_rows: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        wanted = list(ctx.needs_input_grad[:3])
-        loss, parts, *grads = linear_kd_loss_grad(
-            backend, student, weight, bias, *others, spec, chunk_rows, wanted
-        )
-        ctx.save_for_backward(*(g if want else None for g, want in zip(grads, wanted, strict=True)))
-        ctx.backend = backend
-        ctx.dtypes = (student.dtype, weight.dtype, weight.dtype)
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return loss, parts
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 7
-        refuse_create_graph("linear_kd_loss")
-        grads = (
-            None if grad is None else scale_grad(grad, grad_loss, backend=ctx.backend).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *grads, None, None, None, None
-
-
-class _LinearKDLossRows(torch.autograd.Function):
-    """The gradient in the backward pass, with the upstream gradient as row weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        others: tuple[Tensor | None, ...],
-        spec: Spec,
-        chunk_rows: int,
-        backend: str,
-    ) -> Tensor:
-        _, _, rows = linear_kd_loss_forward(
-            backend, student, weight, bias, *others, spec, chunk_rows
-        )
-        ctx.save_for_backward(student, weight, bias)
-        # Not differentiated, and a teacher from torch.inference_mode() could not be saved.
-        ctx.others, ctx.spec, ctx.chunk_rows, ctx.backend = others, spec, chunk_rows, backend
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("linear_kd_loss")
-        *teacher, labels, row_weights, denominator = ctx.others
-        weights = grad_rows if row_weights is None else grad_rows * row_weights
-        others = (*teacher, labels, weights.contiguous(), denominator)
-        wanted = list(ctx.needs_input_grad[:3])
-        student, weight, bias = ctx.saved_tensors
-        _, _, *grads = linear_kd_loss_grad(
-            ctx.backend, student, weight, bias, *others, ctx.spec, ctx.chunk_rows, wanted
-        )
-        dtypes = (student.dtype, weight.dtype, weight.dtype)
-        found = (
-            g.to(d) if want else None for g, d, want in zip(grads, dtypes, wanted, strict=True)
-        )
-        return *found, None, None, None, None
-
-
-# ---- checks --------------------------------------------------------------------------------------
+    primitives = linear_kd_loss_forward, linear_kd_loss_grad
+    linear_loss.attach(backend, primitives, (kd_loss_forward, kd_loss_grad_), _call)
 
 
 def _prepare(
@@ -287,86 +142,27 @@ def _prepare(
     denominator: Tensor | None,
     spec: Spec,
     heads: Heads,
+    chunk_rows: int | None,
     backend: str | None,
-) -> tuple[str, Any]:
-    """Checks; returns the backend and the tensors in the order of the operators."""
-    op = "linear_kd_loss"
-    student, teacher, heads = _autocast(student, teacher, heads)
-    _checks.float_matrix(op, "student", student)
-    rows, device = student.shape[0], student.device
-    _check_head(op, "student", student, heads.student_weight, heads.student_bias)
-    columns = heads.student_weight.shape[0]
-    classes = columns if spec.classes < 0 else spec.classes
-    if classes > columns:
-        raise ValueError(f"{op}: student_weight must have at least {classes} rows, got {columns}")
+) -> tuple[str, Any, int]:
+    """Checks; returns the backend, the tensors in the order of the operators, rows a chunk."""
+    student, teacher, *cast = linear_loss.autocast(student, teacher, *heads)
+    heads = Heads(*cast)
+    weight, bias, teacher_weight, teacher_bias = heads
+    classes = linear_loss.check_student(_OP, student, weight, bias, spec)
     if teacher is None and spec.needs_teacher:
-        raise ValueError(f"{op}: teacher must be given for this divergence, got None")
+        raise ValueError(f"{_OP}: teacher must be given for this divergence, got None")
     if teacher is not None:
-        _check_teacher(op, student, teacher, heads, spec, classes)
+        _check_teacher(_OP, student, teacher, heads, spec, classes)
     if labels is None and spec.needs_labels:
-        raise ValueError(f"{op}: labels must be given for a loss on labels, got None")
+        raise ValueError(f"{_OP}: labels must be given for a loss on labels, got None")
+    per_row = _checks.row_inputs(_OP, student, labels, row_weights, denominator)
     if labels is not None:
-        _checks.row_vector(op, "labels", labels, rows, (torch.int64,))
-        _checks.same_device(op, "labels", labels, device)
-        _checks.labels_in_range(op, labels, columns, spec)
-    wide = accumulate(student.dtype)
-    if row_weights is not None:
-        _checks.row_vector(op, "row_weights", row_weights, rows, _checks.FLOAT_DTYPES)
-        _checks.same_device(op, "row_weights", row_weights, device)
-        _checks.no_grad(op, "row_weights", row_weights)
-        row_weights = row_weights.to(wide).contiguous()
-    if denominator is not None:
-        _checks.same_device(op, "denominator", denominator, device)
-        denominator = denominator.to(wide)
-    name = _backend.choose(op, device.type, backend, unsupported, student, teacher)
-    student_weight, student_bias, teacher_weight, teacher_bias = heads
-    return name, (
-        student,
-        student_weight,
-        student_bias,
-        teacher,
-        teacher_weight,
-        teacher_bias,
-        None if labels is None else labels.contiguous(),
-        row_weights,
-        denominator,
-    )
-
-
-def _autocast(
-    student: Tensor, teacher: Tensor | None, heads: Heads
-) -> tuple[Tensor, Tensor | None, Heads]:
-    """What ``torch.nn.functional.linear`` would do to its inputs."""
-    device = student.device.type
-    if not torch.is_autocast_enabled(device) or student.dtype == torch.float64:
-        return student, teacher, heads
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Tensor | None) -> Any:
-        return None if x is None else x.to(dtype)
-
-    return cast(student), cast(teacher), Heads(*(cast(x) for x in heads))
-
-
-def _check_head(op: str, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _checks.float_matrix(op, f"{model}_weight", weight)
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{op}: {model}_weight must be [vocab, {hidden.shape[1]}] for hidden states "
-            f"{list(hidden.shape)}, got {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: {model}_bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, x in ((f"{model}_weight", weight), (f"{model}_bias", bias)):
-        if x is None:
-            continue
-        _checks.same_device(op, name, x, hidden.device)
-        if x.dtype != hidden.dtype:
-            raise TypeError(
-                f"{op}: {name} must have the dtype of the hidden states "
-                f"{str(hidden.dtype).removeprefix('torch.')}, got "
-                f"{str(x.dtype).removeprefix('torch.')}"
-            )
+        _checks.labels_in_range(_OP, labels, classes, spec)
+    chunk = linear_loss.chunk_rows_of(_OP, student.shape[0], classes, spec, chunk_rows)
+    name = _backend.choose(_OP, student.device.type, backend, unsupported, student, teacher)
+    tensors = (student, weight, bias, teacher, teacher_weight, teacher_bias, *per_row)
+    return name, tensors, chunk
 
 
 def _check_teacher(
@@ -381,7 +177,7 @@ def _check_teacher(
         )
     if heads.teacher_weight is None:
         raise ValueError(f"{op}: teacher_weight must be given with a teacher, got None")
-    _check_head(op, "teacher", teacher, heads.teacher_weight, heads.teacher_bias)
+    _checks.head(op, "teacher_", teacher, heads.teacher_weight, heads.teacher_bias)
     named = {"": teacher, "_weight": heads.teacher_weight, "_bias": heads.teacher_bias}
     for suffix, x in named.items():
         if x is not None:
@@ -399,21 +195,6 @@ def _check_teacher(
             f"{op}: teacher must be float64 exactly if student is, got "
             f"{str(teacher.dtype).removeprefix('torch.')}"
         )
-
-
-def _chunk_rows(student: Tensor, heads: Heads, spec: Spec, wanted: int | None) -> int:
-    if wanted is not None:
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-            raise ValueError(
-                f"linear_kd_loss: chunk_rows must be an integer of at least 1, got {wanted!r}"
-            )
-        return wanted
-    columns = heads.student_weight.shape[0] if spec.classes < 0 else spec.classes
-    return plan_chunk_rows(student.shape[0], columns, 2 if spec.needs_teacher else 1)
-
-
-def _wants_grad(tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:3])
 
 
 for _name in ("native", "triton"):

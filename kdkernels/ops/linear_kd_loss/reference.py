@@ -24,16 +24,17 @@ def linear_kd_loss_reference(
     """Returns ``(loss [], parts [4], rows [rows])``; see ``op.py`` for the contract."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     valid = None if labels is None else labels != spec.ignore_index
-    student_logits = _logits(student, student_weight, student_bias, valid, dtype)
+    student_logits = logits_of(student, student_weight, student_bias, valid, dtype)
     teacher_logits = None
     if teacher is not None and teacher_weight is not None:
-        teacher_logits = _logits(teacher, teacher_weight, teacher_bias, valid, dtype)
+        teacher_logits = logits_of(teacher, teacher_weight, teacher_bias, valid, dtype)
     return kd_loss_reference(student_logits, teacher_logits, labels, row_weights, denominator, spec)
 
 
-def _logits(
+def logits_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    """Logits in ``dtype``, 0 (or the bias) for rows that are not valid."""
     x = hidden.to(dtype)
     if valid is not None:  # an ignored row may hold NaN, which the weight's gradient would meet
         x = x.masked_fill(~valid[:, None], 0.0)

@@ -192,6 +192,12 @@ T atomicMin(T* at, T value) {
   return old;
 }
 template <typename T>
+T atomicOr(T* at, T value) {
+  const T old = *at;
+  *at = old | value;
+  return old;
+}
+template <typename T>
 T atomicExch(T* at, T value) {
   const T old = *at;
   *at = value;

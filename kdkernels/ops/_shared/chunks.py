@@ -1,14 +1,17 @@
-"""What ``linear_kd_loss`` runs: chunk after chunk of rows, GEMMs and the kernel of ``kd_loss``."""
+"""What a linear loss runs: chunk after chunk of rows, GEMMs and the kernel of the loss on rows.
+
+Logits exist for one chunk at a time, in float32 (never rounded to the 16-bit dtype of the hidden
+states), are overwritten by their gradient, and feed the two GEMMs of the backward pass at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad_
 from kdkernels.ops.kd_loss.spec import Spec
 
 # Rows of a 16-bit head that are worked on at a time: as float32 they take 12 MB at width 768.
@@ -41,7 +44,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-class _Head:
+class Head:
     """Logits of rows, and the way back, in float32 (float64) whatever the dtype of the head.
 
     A 16-bit head is widened block by block on the CPU, whose GEMMs would round their results; on a
@@ -147,7 +150,33 @@ class _Rows:
             out[self._index[chunk]] = values.to(out.dtype)
 
 
-class _Call:
+# What a loss on rows takes of the teacher, for a chunk of the rows.
+Teacher = Callable[[_Rows, slice], tuple[Tensor | None, ...]]
+
+
+def dense_teacher(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, classes: int
+) -> Teacher:
+    """The logits of a teacher's head; without hidden states none."""
+    if hidden is None:
+        return lambda rows, chunk: (None,)
+    assert weight is not None
+    head = Head(weight, bias, classes)
+
+    def logits(rows: _Rows, chunk: slice) -> tuple[Tensor]:
+        x = rows.of(hidden, chunk)
+        assert x is not None
+        return (head.logits(head.rows(x)),)
+
+    return logits
+
+
+def listed_teacher(*tensors: Tensor) -> Teacher:
+    """Tensors that have the rows of the student."""
+    return lambda rows, chunk: tuple(rows.of(x, chunk) for x in tensors)
+
+
+class Call:
     """A call, resolved: heads, rows, the kernels' numbers."""
 
     def __init__(
@@ -155,9 +184,7 @@ class _Call:
         student: Tensor,
         student_weight: Tensor,
         student_bias: Tensor | None,
-        teacher: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
+        teacher: Callable[[Spec, int], Teacher],  # from the spec and the number of classes
         labels: Tensor | None,
         row_weights: Tensor | None,
         denominator: Tensor | None,
@@ -167,47 +194,39 @@ class _Call:
         spec = Spec.of(numbers)
         classes = spec.classes if spec.classes >= 0 else student_weight.shape[0]
         self.spec = spec._replace(classes=-1)
-        self.student_head = _Head(student_weight, student_bias, classes)
+        self.head = Head(student_weight, student_bias, classes)
+        self.weight_shape = student_weight.shape
         self.rows = _Rows(student, labels, spec, chunk_rows)
-        self.student, self.teacher = student, teacher if spec.needs_teacher else None
+        self.student, self.teacher = student, teacher(spec, classes)
         self.labels, self.row_weights = labels, row_weights
         self.denominator = denominator
         if denominator is None and spec.mean:
-            count = self.rows.count
-            self.denominator = student.new_full((), count, dtype=self.student_head.dtype)
+            self.denominator = student.new_full((), self.rows.count, dtype=self.head.dtype)
             if labels is not None and labels.device.type != "cpu":
-                self.denominator = (labels != spec.ignore_index).sum().to(self.student_head.dtype)
-        if self.teacher is not None:
-            assert teacher_weight is not None
-            self.teacher_head = _Head(teacher_weight, teacher_bias, classes)
+                self.denominator = (labels != spec.ignore_index).sum().to(self.head.dtype)
 
     def open(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """The student's hidden states and logits, and what the kernel takes beside them."""
-        x = self.student_head.rows(self.rows.clean(self.student, chunk))
-        logits = self.student_head.logits(x)
-        teacher = None
-        if self.teacher is not None:
-            hidden = self.rows.of(self.teacher, chunk)
-            assert hidden is not None
-            teacher = self.teacher_head.logits(self.teacher_head.rows(hidden))
+        x = self.head.rows(self.rows.clean(self.student, chunk))
+        logits = self.head.logits(x)
+        teacher = self.teacher(self.rows, chunk)
         labels = self.rows.of(self.labels, chunk)
         weights = self.rows.of(self.row_weights, chunk)
-        return x, logits, (teacher, labels, weights, self.denominator, self.spec)
+        return x, logits, (*teacher, labels, weights, self.denominator, self.spec)
 
 
-def _zeros(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, student = call.student_head.dtype, call.student
+def _zeros(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, student = call.head.dtype, call.student
     loss, parts = student.new_zeros((), dtype=dtype), student.new_zeros((4,), dtype=dtype)
     return loss, parts, student.new_zeros((student.shape[0],), dtype=dtype)
 
 
-def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, parts and rows; the arguments of the operator."""
-    call = _Call(*args)
+def forward(call: Call, on_rows: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, parts and rows, by the loss on rows."""
     loss, parts, rows = _zeros(call)
     for chunk in call.rows.chunks():
         _, logits, others = call.open(chunk)
-        chunk_loss, chunk_parts, chunk_rows = kd_loss_forward(backend, logits, *others)
+        chunk_loss, chunk_parts, chunk_rows = on_rows(logits, *others)
         del logits, others  # before the next chunk's take their place
         loss += chunk_loss
         parts += chunk_parts
@@ -215,23 +234,22 @@ def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, parts, rows
 
 
-def gradients(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, parts and the wanted gradients; the arguments of the operator."""
-    *args_of_call, wanted = args
-    call = _Call(*args_of_call)
-    student, weight = args[0], args[1]
+def gradients(
+    call: Call, on_rows_grad_: Callable[..., Any], wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, parts and the wanted gradients, by the loss on rows that overwrites its logits."""
     wants_hidden, wants_weight, wants_bias = wanted
-    head = call.student_head
+    head, student, shape = call.head, call.student, call.weight_shape
     loss, parts, _ = _zeros(call)
     # Rows that are not valid keep their zeros.
     hidden_grad = student.new_zeros(
         student.shape if wants_hidden else (0,), dtype=kept(student.dtype)
     )
-    weight_grad = student.new_zeros(weight.shape if wants_weight else (0,), dtype=head.dtype)
-    bias_grad = student.new_zeros(weight.shape[:1] if wants_bias else (0,), dtype=head.dtype)
+    weight_grad = student.new_zeros(shape if wants_weight else (0,), dtype=head.dtype)
+    bias_grad = student.new_zeros(shape[:1] if wants_bias else (0,), dtype=head.dtype)
     for chunk in call.rows.chunks():
         x, logits, others = call.open(chunk)
-        chunk_loss, chunk_parts = kd_loss_grad_(backend, logits, *others)
+        chunk_loss, chunk_parts = on_rows_grad_(logits, *others)
         del others
         loss += chunk_loss
         parts += chunk_parts
@@ -243,5 +261,5 @@ def gradients(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
         if wants_bias:
             bias_grad[: logits.shape[1]] += logits.sum(0)
         del logits, grad  # before the next chunk's take their place
-    dtype = kept(weight.dtype)
+    dtype = kept(head.weight.dtype)
     return loss, parts, hidden_grad, weight_grad.to(dtype), bias_grad.to(dtype)
