@@ -108,6 +108,33 @@ def test_stored_rows_are_the_models(built: tuple[Path, str], teacher: Path, text
         assert (masses[0] - masses[1]).abs().max() < 1e-5
 
 
+def test_a_model_that_caps_its_logits_is_read_from_them(teacher: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from kdkernels.api.cache import build
+
+    class Capped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModelForCausalLM.from_pretrained(teacher)
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "model" else getattr(self.model, name)
+
+        def forward(self, **inputs: Any) -> Any:
+            out = self.model(**inputs)
+            out.logits = 3 * torch.tanh(out.logits / 3)
+            return out
+
+    model, tokens = Capped().eval(), torch.arange(8)[None]
+    assert not build._by_head(model) and build._by_head(model.model)
+    ids, logprobs = build.topk_rows(model, tokens, K, 1.0, by_head=False)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens).logits.log_softmax(-1)
+    assert torch.allclose(logprobs, wanted.gather(-1, ids), atol=1e-5)
+    assert torch.allclose(logprobs, wanted.topk(K)[0], atol=1e-5)
+
+
 def test_estimate_comes_first_and_the_same_command_continues(
     built: tuple[Path, str], teacher: Path, text: Path, tmp_path: Path
 ) -> None:
