@@ -13,6 +13,10 @@ SKIP := not slow and not network and not packaging
 
 .PHONY: demo test test-slow test-sanitize compiled bench lint types build wheel clean
 
+# The CUDA library, minutes of compiling, is of no use to the demo where there is no GPU.
+ifeq (,$(shell command -v nvidia-smi))
+demo: export KDKERNELS_CUDA ?= off
+endif
 demo: build
 	$(BIN)/kdkernels distill $(ARGS)
 

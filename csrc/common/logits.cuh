@@ -53,8 +53,10 @@ __device__ __forceinline__ void to_z(const LogitRule& rule, float (&x)[kSize]) {
   for (int i = 0; i < kSize; ++i) {
     float z = x[i] * rule.scale;
     if (rule.softcap != 0.0f && z != kMinusInf) {
-      const float y = z * rule.per_softcap;  // one step of Newton makes it the quotient
-      z = rule.softcap * tanh_f32(fmaf(fmaf(-y, rule.softcap, z), rule.per_softcap, y));
+      const float y = z * rule.per_softcap;
+      // One step of Newton makes it the quotient; infinity has none.
+      const float quotient = fmaf(fmaf(-y, rule.softcap, z), rule.per_softcap, y);
+      z = rule.softcap * tanh_f32(quotient == quotient ? quotient : y);
     }
     x[i] = z;
   }

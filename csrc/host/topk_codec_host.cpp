@@ -102,8 +102,8 @@ std::string TopKCodec::gather(const int64_t* ids, const float* logprobs) {
   return {};
 }
 
-// Ranks the entries: few whole steps first, of equal ones the smaller id. A radix sort: decoding was
-// half as fast with std::sort.
+// Ranks the entries: few whole steps first, of equal ones the smaller id. A radix sort: decoding
+// was half as fast with std::sort.
 void TopKCodec::rank_codes(int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     ranking_[i] = uint64_t{codes_[i]} << kIndexBits | static_cast<uint64_t>(i);
@@ -152,21 +152,19 @@ void TopKCodec::quantise() {
 }
 
 // The first log-probability with which the decoded ones have the mass of the encoded ones, and
-// never more than 1.
+// never more: as float32 they are rounded once again.
 float TopKCodec::first_logprob() const {
   const float step = step_of(range_, format_);
   float largest = kMinusInfinity;
   for (int64_t i = 0; i < count_; ++i) largest = std::max(largest, values_[i]);
   if (largest == kMinusInfinity) return kMinusInfinity;
-  double given = 0.0, rounded = 0.0;
+  double given = 0.0;
   for (int64_t i = 0; i < count_; ++i) {
-    if (values_[i] == kMinusInfinity) continue;
     given += std::exp(static_cast<double>(values_[i]) - largest);
-    rounded += std::exp(static_cast<double>(value_of(0.0f, step, steps_[i])));
   }
   const double log_mass = std::min(0.0, largest + std::log(given));
-  float first = static_cast<float>(std::min(0.0, log_mass - std::log(rounded)));
-  // Rounding to float32 may still have pushed the sum above the mass.
+  // Too much at first, as if the largest entry had all of the mass; two or three rounds.
+  float first = static_cast<float>(log_mass);
   for (;;) {
     double sum = 0.0;
     for (int64_t i = 0; i < count_; ++i) {

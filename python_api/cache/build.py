@@ -18,9 +18,10 @@ from kdkernels.api._files import locked
 from kdkernels.api.cache.codec import estimate_bytes
 from kdkernels.api.cache.writer import TeacherCacheWriter
 from kdkernels.api.distill import lm_data, lm_models
-from kdkernels.api.distill.errors import require
+from kdkernels.api.distill.errors import DistillError, require
 from kdkernels.api.distill.progress import Bar, Display
 from kdkernels.api.distill.runner import quiet_transformers
+from kdkernels.api.functional import topk_logprobs
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,20 @@ def _run(
     writer: TeacherCacheWriter,
     bar: Bar,
 ) -> None:
+    by_head = _by_head(model)
     for start in range(0, len(blocks), options.batch_size):
         batch = blocks[start : start + options.batch_size]
         tokens = torch.stack([block for _, block in batch])
-        ids, logprobs = topk_rows(model, tokens.to(device), options.k, options.temperature)
+        ids, logprobs = topk_rows(model, tokens.to(device), options.k, options.temperature, by_head)
         for (name, block), chosen, values in zip(batch, ids.cpu(), logprobs.cpu(), strict=True):
             writer.add(name, block, chosen, values)
         bar.advance(len(batch))
 
 
 @torch.inference_mode()
-def topk_rows(model: Any, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+def topk_rows(
+    model: Any, tokens: Tensor, k: int, temperature: float, by_head: bool
+) -> tuple[Tensor, Tensor]:
     """The k most probable next tokens after each token, and how probable they are.
 
     Args:
@@ -150,18 +154,29 @@ def topk_rows(model: Any, tokens: Tensor, k: int, temperature: float) -> tuple[T
         tokens: int64 ``[batch, tokens]``, without padding.
         k: How many.
         temperature: Their log-probabilities are of ``logits / temperature``.
+        by_head: Whether the logits are the head of the last hidden states and nothing else: then
+            they exist for a chunk of rows at a time only.
 
     Returns:
         ``ids`` int64 and ``logprobs`` float32, both ``[batch, tokens, k]``.
     """
-    logits = model(input_ids=tokens, use_cache=False).logits
-    ids, logprobs = [], []
-    for one in logits:  # an example at a time: its float32 copy is small beside all logits
-        scaled = one.float() / temperature
-        values, chosen = scaled.topk(k, dim=-1)
-        ids.append(chosen)
-        logprobs.append(values - scaled.logsumexp(-1, keepdim=True))
-    return torch.stack(ids), torch.stack(logprobs)
+    if by_head:
+        head = lm_models.head_of(model)
+        hidden = lm_models.last_hidden(model, tokens)
+        top = topk_logprobs(hidden, k, weight=head.weight, bias=head.bias, temperature=temperature)
+    else:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        top = topk_logprobs(logits, k, temperature=temperature)
+    return top.ids, top.logprobs
+
+
+def _by_head(model: Any) -> bool:
+    """False for models that cap or scale their logits."""
+    try:
+        lm_models.check_head(model, "model")
+    except DistillError:
+        return False
+    return True
 
 
 def _device(name: str) -> torch.device:

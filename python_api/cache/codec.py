@@ -86,6 +86,11 @@ class TopKCodec:
         Raises:
             ValueError: bytes that :meth:`encode` cannot have made.
         """
+        import numpy
+
+        rows = numpy.ascontiguousarray(rows)
+        if rows.dtype != numpy.uint8:
+            raise TypeError(f"TopKCodec: rows must be uint8, got {rows.dtype}")
         ids, logprobs = _host().topk_decode(rows, self.k, self.vocab_size, self.bits)
         return torch.from_numpy(ids), torch.from_numpy(logprobs)
 

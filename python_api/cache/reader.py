@@ -33,7 +33,7 @@ class MissingExampleError(KeyError):
 class TeacherCache:
     """The stored top-k of a teacher, as :class:`TeacherCacheWriter` wrote it.
 
-    Only the index is held in memory (about 200 bytes an example); rows are read from the mapped
+    Only the index is held in memory (about 300 bytes an example); rows are read from the mapped
     files when they are asked for. It can be handed to the workers of a DataLoader.
 
     Args:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kdkernels
 from kdkernels import _native
 from kdkernels.api.cache import TopKCodec, estimate_bytes
 from kdkernels.bench.topk_cache import kl_pair, peaked_logits
@@ -115,6 +116,16 @@ def test_a_masked_class_costs_the_others_nothing() -> None:
     assert got[0, 2] == -INF
 
 
+def test_strided_input() -> None:
+    codec = TopKCodec(10, 100)
+    ids, logprobs = top(torch.randn(6, 100), 10)
+    packed = codec.encode(ids, logprobs)
+    assert (codec.encode(ids.T.contiguous().T, logprobs.T.contiguous().T) == packed).all()
+    assert torch.equal(codec.decode(packed[::2])[0], codec.decode(packed)[0][::2])
+    with pytest.raises(TypeError, match="TopKCodec: rows must be uint8, got int64"):
+        codec.decode(packed.astype(np.int64))
+
+
 def test_half_precision_input() -> None:
     ids, logprobs = top(torch.randn(5, 100), 10)
     codec = TopKCodec(10, 100)
@@ -145,6 +156,25 @@ def test_kl_is_kept(vocab: int, noise: float, worst: float) -> None:
     assert error.quantile(0.99) < worst
     coarse = (kl_pair(teacher, student, 64, 5)[1] - exact).abs() / exact
     assert coarse.mean() > 3 * error.mean()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_the_loss_is_kept(divergence: str) -> None:
+    """``topk_kd_loss`` and its gradient, from stored rows and from the teacher's own."""
+    generator = torch.Generator().manual_seed(1)
+    teacher = peaked_logits(64, 5000, generator)
+    student = teacher + 0.5 * torch.randn(teacher.shape, generator=generator)
+    own = kdkernels.topk_logprobs(teacher, 64, temperature=2.0)
+    codec = TopKCodec(64, 5000)
+    losses, grads = [], []
+    for ids, logprobs in ((own.ids, own.logprobs), codec.decode(codec.encode(*own[:2]))):
+        leaf = student.clone().requires_grad_()
+        loss = kdkernels.topk_kd_loss(leaf, ids, logprobs, temperature=2.0, divergence=divergence)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        losses.append(loss.item())
+        grads.append(grad)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
 
 
 @pytest.mark.parametrize(

@@ -145,11 +145,11 @@ MUTANTS = {
     ),
     "wait of the cluster barrier": ("common/reduce.cuh", ["  cluster_wait();\n"]),
     "start of all blocks": (
-        "kd_loss/kd_loss_cuda.cu",
+        "kd_loss/kd_loss_kernel.cuh",
         ["  if (ranks > 1) cluster_arrive_relaxed();\n", "  if (ranks > 1) cluster_wait();\n"],
     ),
     "space of the second reduction": (
-        "kd_loss/kd_loss_cuda.cu",
+        "kd_loss/kd_loss_kernel.cuh",
         ["reinterpret_cast<char*>(stats_space.ranks + ranks)"],
     ),
     "wait for the copies": ("kd_loss/kd_loss_logits.cuh", ["copy_async_wait<0>();"]),
