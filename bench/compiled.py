@@ -7,6 +7,7 @@ walks over rows does so by less than 16 bytes at a time.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,13 +22,16 @@ from rich.table import Table
 import kdkernels
 from kdkernels.bench import cases
 from kdkernels.bench.machine_code import Kernel, kernels
+from kdkernels.ops.kd_loss.spec import LISTED, LISTED_ENTROPY
 
 LIBRARY = Path(kdkernels.__file__).parent / "_native_cuda.so"
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 VECTOR_BITS = 128
-# Bytes a thread. ptxas parks one scalar over a whole loop to fit one more program of Triton's; a
-# spilled block of a row, which would be stored and loaded in the loop, takes 16.
-PARKED_SCALAR = 8
+# Bytes a thread and accesses by (backend, op). ptxas parks a scalar over a whole loop to fit one more
+# program of Triton's, with a list up to four of them; a spilled block of a row would be
+# stored and loaded in every loop.
+PARKED = {("triton", ""): (8, 2), ("triton", "topk_kd_loss"): (16, 10)}
+LISTED_ROWS = re.compile(rf"kd_loss_rows<\w+, ({LISTED}|{LISTED_ENTROPY}),")
 
 TABLE_WIDTH = 120
 
@@ -46,24 +50,28 @@ class Entry:
     kernel: Kernel
     fused: bool = False  # products into sums, where the case forbids it
     narrow: bool = False  # what it stores is no row
+    list_loops: int = 0  # loops over a few entries beside the row
 
     def faults(self) -> list[str]:
         """In words; empty for a good kernel."""
         kernel, found = self.kernel, []
-        allowed = PARKED_SCALAR if self.backend == "triton" else 0
-        if kernel.stack > allowed or kernel.local > 0:
+        stack, accesses = PARKED.get(
+            (self.backend, self.op), PARKED.get((self.backend, ""), (0, 0))
+        )
+        if kernel.stack > stack or kernel.local > 0:
             found.append(f"{kernel.stack} bytes of stack, {kernel.local} of local memory")
-        if kernel.local_accesses > (2 if allowed else 0):
+        if kernel.local_accesses > accesses:
             found.append(f"{kernel.local_accesses} accesses to local memory")
         if self.fused:
             found.append("products fused into sums: terms that cancel leave a rest")
         if self.walks_rows:
             # A loop that only stores may fill what lies behind the classes of a row.
-            found += [
+            narrow = [
                 f"a loop that loads only {loop.widest_load} bits at a time"
                 for loop in kernel.loops
                 if 0 < loop.widest_load < VECTOR_BITS
             ]
+            found += narrow[self.list_loops :]
             if kernel.widest_load < VECTOR_BITS:
                 found.append(f"no load wider than {kernel.widest_load} bits")
             # 32 bits are the losses of rows, where no gradient is written.
@@ -93,7 +101,9 @@ def cuda_entries(library: Path = LIBRARY) -> list[Entry]:
         name = kernel.name.split("<")[0]
         op = next((op for op, names in walking.items() if name in names), "")
         narrow = bool(op) and name in getattr(cases.load(op), "narrow_stores", ())
-        entries.append(Entry(op or name, "native", "", bool(op), kernel, narrow=narrow))
+        # Ids are read once, logits and log-probabilities for the sums and for the gradient.
+        loops = 3 if LISTED_ROWS.match(kernel.name) else 0
+        entries.append(Entry(op or name, "native", "", bool(op), kernel, False, narrow, loops))
     return entries
 
 

@@ -403,7 +403,7 @@ def kd_loss_kernel(
         if row_weights_ptr is not None:
             weight = tl.load(row_weights_ptr + row).to(tl.float32)
         scale = tl.load(sums_ptr)
-        words_row = words_ptr
+        words_row = student_row  # read of a list only
         listed = None
         if F.listed:
             words_row = words_ptr + row * words
