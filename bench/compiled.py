@@ -27,9 +27,9 @@ from kdkernels.ops.kd_loss.spec import LISTED, LISTED_ENTROPY
 LIBRARY = Path(kdkernels.__file__).parent / "_native_cuda.so"
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 VECTOR_BITS = 128
-# Bytes a thread and accesses by (backend, op). ptxas parks a scalar over a whole loop to fit one more
-# program of Triton's, with a list up to four of them; a spilled block of a row would be
-# stored and loaded in every loop.
+# Bytes a thread and accesses by (backend, op). ptxas parks a scalar over a whole loop to fit one
+# more program of Triton's, with a list up to four of them; a spilled block of a row would be stored
+# and loaded in every loop.
 PARKED = {("triton", ""): (8, 2), ("triton", "topk_kd_loss"): (16, 10)}
 LISTED_ROWS = re.compile(rf"kd_loss_rows<\w+, ({LISTED}|{LISTED_ENTROPY}),")
 
