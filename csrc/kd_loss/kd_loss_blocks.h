@@ -1,4 +1,4 @@
-// Blocks of a row of kd_loss: what is done to 1024 logits at a time. Part of kd_loss_rows.h, hence
+// Blocks of a row of kd_loss: what is done to 1024 logits at a time. Part of kd_loss_row.h, hence
 // compiled once per instruction set and without an include guard.
 
 #include "common/logit_blocks.h"

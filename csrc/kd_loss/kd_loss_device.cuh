@@ -1,5 +1,5 @@
 // The arithmetic of one row of kd_loss on the GPU: what a thread does with the logits it is given.
-// Where they come from and go to is the kernel's matter (kd_loss_cuda.cu).
+// Where they come from and go to is the kernel's matter (kd_loss_kernel.cuh).
 //
 // Exponents are in units of log2: a = c * (z - m) with c = log2(e) / T and m the largest z seen so
 // far, so that a softmax is 2^a over its sum. (One fma(c, z, -c * m) would be cheaper, but then the
