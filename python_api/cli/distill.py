@@ -132,12 +132,16 @@ SeqLen = Annotated[
     int | None, typer.Option(rich_help_panel=LM, help="Tokens of a block [default: 128].")
 ]
 Tokens = Annotated[
-    int | None, typer.Option(rich_help_panel=LM, help="Training tokens [default: 40960].")
+    int | None,
+    typer.Option(
+        rich_help_panel=LM, help="Training tokens, spread over the text [default: 40960]."
+    ),
 ]
 EvalTokens = Annotated[
     int | None,
     typer.Option(
-        rich_help_panel=LM, help="Test tokens; a quarter of it on dev text [default: 8192]."
+        rich_help_panel=LM,
+        help="Test tokens, spread over the text; half as many dev tokens [default: 8192].",
     ),
 ]
 TopK = Annotated[

@@ -26,8 +26,8 @@ class LmConfig(RunConfig):
         model: The teacher: ``smollm2-135m`` or a transformers folder.
         layers: How many of the teacher's first layers make up a student.
         seq_len: Tokens per block.
-        tokens: Training tokens, from the beginning of the text; None for all.
-        eval_tokens: Test tokens; a quarter of it is used of the validation text. None for all.
+        tokens: Training tokens, spread over the text; None for all.
+        eval_tokens: Test tokens; half as many of the validation text. None for all.
         top_k: Classes per token in the teacher's cache.
         cache: Folder of the teacher's cache; None for one in the run's folder.
         route: ``hidden``: losses from hidden states and heads. ``logits``: from full logits.

@@ -114,8 +114,8 @@ def markdown(
         "PyTorch's softmax and autograd.",
         "## Data",
         f"{config.text}: {counts['train']:,} training, {counts['valid']:,} dev and "
-        f"{counts['test']:,} test tokens. The dev text chose which student is in `student/` "
-        f"({found.best}), nothing else in this run.",
+        f"{counts['test']:,} test tokens, in blocks spread evenly over the text. The dev text "
+        f"chose which student is in `student/` ({found.best}), nothing else in this run.",
         "\n".join(_licences(config)),
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",

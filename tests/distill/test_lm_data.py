@@ -14,6 +14,7 @@ import torch
 from kdkernels.api.distill import fetch, lm_models
 from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.lm_data import SPLITS, lm_blocks
+from kdkernels.api.distill.lm_pipeline import spread
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,9 @@ def test_text_must_be_utf8(tokenizer: Any, tmp_path: Path) -> None:
     path.write_bytes(b"caf\xe9 " * 100)
     with pytest.raises(DistillError, match="^data must be UTF-8 text, got .*text.txt"):
         lm_blocks(str(path), tokenizer, "train", 8)
+
+
+def test_spread_takes_blocks_from_everywhere() -> None:
+    blocks = [(str(i), torch.tensor([i])) for i in range(10)]
+    assert [name for name, _ in spread(blocks, 4)] == ["0", "2", "5", "7"]
+    assert spread(blocks, 10) == spread(blocks, 11) == blocks
