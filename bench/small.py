@@ -31,7 +31,8 @@ def run_all(backend: str | None = None) -> int:
             continue  # composed of another op's kernels
         names = [b for b in available_backends(op, device) if b != "reference"]
         names = [b for b in names if backend in (None, b)]
-        for name, dtype, divergence, shape in itertools.product(names, DTYPES, DIVERGENCES, SHAPES):
+        divergences = getattr(case, "divergences", DIVERGENCES)
+        for name, dtype, divergence, shape in itertools.product(names, DTYPES, divergences, SHAPES):
             setting = Setting(device, dtype, divergence)
             run = case.ours(setting, name)
             inputs = case.inputs(setting, shape)

@@ -57,7 +57,7 @@ class Case(Protocol):
     """What a file of this folder offers as ``CASE``.
 
     It may also have ``narrow_stores``, names of row kernels whose results are no rows: they need
-    not be stored 16 bytes at a time.
+    not be stored 16 bytes at a time; and ``divergences``, where it does not take all of them.
     """
 
     modes: tuple[str, ...]  # of forward, backward, full

@@ -37,6 +37,7 @@ class TopKKDLossCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
     modes = ("forward", "backward", "full")
+    divergences = ("forward_kl", "reverse_kl")
     rivals = ("eager", "cross_entropy", "compile")
     row_kernels = ("kd_loss_rows", "kd_loss_kernel")
     unchecked = ("cross_entropy",)
