@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ QUICK_SHAPE, QUICK_SECONDS = (64, 8192), 1.0
 LM_SHAPES = ((512, 32000), (256, 128256))
 
 Words = list[str] | None
-Op = Annotated[str, typer.Option(help="Op to measure.")]
+Op = Annotated[Words, typer.Option(help="Ops to measure [default: kd_loss].")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")]
 Backend = Annotated[Words, typer.Option(help="Backends of ours [default: every compiled one].")]
 Against = Annotated[
@@ -44,7 +45,7 @@ Seconds = Annotated[float, typer.Option(help="About how long to measure each tab
 
 
 def bench(
-    op: Op = "kd_loss",
+    op: Op = None,
     device: Device = None,
     backend: Backend = None,
     against: Against = None,
@@ -57,29 +58,31 @@ def bench(
     quick: Quick = False,
     seconds: Seconds = 10.0,
 ) -> None:
-    """Measure an op against its rivals, after checking it against float64.
+    """Measure ops against their rivals, after checking them against float64.
 
     An option that takes several values may be repeated, or list them with commas.
     """
-    case = cases.load(op)
     present = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     device = _one_of("device", device or present[-1], present)
-    plan = Plan(
-        op=op,
-        backends=_backends(op, device, _words(backend)),
-        against=_rivals(case, against),
-        modes=_several("mode", mode, case.modes) or case.modes[-1:],
-        seconds=min(seconds, QUICK_SECONDS) if quick else seconds,
-        memory=not quick,
-    )
-    default_shapes = [QUICK_SHAPE] if quick else case.shapes(device)
-    shapes = [_shape(text) for text in _words(shape)] or default_shapes
+    sizes = [_shape(text) for text in _words(shape)]
     dtypes = _several("dtype", dtype, tuple(DTYPES)) or ("float32", "bfloat16")
+    plans = []
+    for name in _words(op) or ["kd_loss"]:  # all of them before the first is measured
+        case = cases.load(name)
+        plan = Plan(
+            op=name,
+            backends=_backends(name, device, _words(backend)),
+            against=_rivals(case, against),
+            modes=_several("mode", mode, case.modes) or case.modes[-1:],
+            seconds=min(seconds, QUICK_SECONDS) if quick else seconds,
+            memory=not quick,
+        )
+        plans.append((plan, sizes or ([QUICK_SHAPE] if quick else case.shapes(device))))
     console = Console(highlight=False)
     failed = False
-    for size in shapes:
-        for name in dtypes:
-            setting = Setting(device, DTYPES[name], divergence, temperature)
+    for plan, shapes in plans:
+        for size, kind in itertools.product(shapes, dtypes):
+            setting = Setting(device, DTYPES[kind], divergence, temperature)
             measured = measure(plan, setting, size)
             _show(console, measured)
             if json_path is not None:  # at once: a run that is cut keeps its tables
