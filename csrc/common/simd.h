@@ -181,12 +181,13 @@ KD_INLINE Vec exp2_scaled(Vec x, Split factor, Mask* live) {
   q = fma(q, r, splat(2.4023430e-1f));
   q = fma(q, r, splat(6.9314718e-1f));
   const __m512i entry = _mm512_permutexvar_epi32((__m512i)shifted, (__m512i)power);
-  const Vec scale = (Vec)((IntVec)entry + ((IntVec)shifted << 19));
+  // Unsigned: lanes that are not live may overflow.
+  const Vec scale = (Vec)((UintVec)entry + ((UintVec)shifted << 19));
   *live = not_less(n, -126.0f);
   return select(*live, fma(scale, q * r, scale), Vec{});
 #else
   const Exp2Parts e = exp2_parts(x, factor);
-  const Vec y = (Vec)((IntVec)(e.minus_one + 1.0f) + e.exponent);
+  const Vec y = (Vec)((UintVec)(e.minus_one + 1.0f) + (UintVec)e.exponent);  // as above
   *live = not_less(e.n, -126.0f);
   return select(*live, y, Vec{});
 #endif
