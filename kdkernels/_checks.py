@@ -14,10 +14,10 @@ from kdkernels._op import transforms_active
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def float_matrix(op: str, name: str, x: Tensor) -> None:
+def float_matrix(op: str, name: str, x: Tensor, columns: str = "classes") -> None:
     """``x`` is a 2-D floating tensor."""
     if x.dim() != 2 or x.shape[1] < 1:
-        raise ValueError(f"{op}: {name} must be [rows, classes], got shape {list(x.shape)}")
+        raise ValueError(f"{op}: {name} must be [rows, {columns}], got shape {list(x.shape)}")
     if x.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a strided tensor, got {x.layout}")
     if x.dtype not in FLOAT_DTYPES:

@@ -9,8 +9,9 @@
 
 namespace kd {
 
-// An uninitialised, contiguous CPU tensor [rows, columns].
+// An uninitialised CPU matrix or vector, contiguous, of the dtype of another tensor.
 torch::stable::Tensor pooled_empty(int64_t rows, int64_t columns,
                                    const torch::stable::Tensor& like);
+torch::stable::Tensor pooled_empty(int64_t size, const torch::stable::Tensor& like);
 
 }  // namespace kd

@@ -93,15 +93,26 @@ size_t element_bytes(torch::headeronly::ScalarType dtype) {
   }
 }
 
+template <size_t N>
+torch::stable::Tensor pooled(const std::array<int64_t, N>& sizes,
+                             const std::array<int64_t, N>& strides,
+                             const torch::stable::Tensor& like) {
+  size_t bytes = element_bytes(like.scalar_type());
+  for (int64_t size : sizes) bytes *= size;
+  if (bytes < kSmallest) return empty_cpu(sizes, like.scalar_type());
+  return torch::stable::from_blob(pool().take(bytes), sizes, strides, like.device(),
+                                  like.scalar_type(), [](void* data) { pool().give_back(data); });
+}
+
 }  // namespace
 
 torch::stable::Tensor pooled_empty(int64_t rows, int64_t columns,
                                    const torch::stable::Tensor& like) {
-  const size_t bytes = rows * columns * element_bytes(like.scalar_type());
-  if (bytes < kSmallest)
-    return empty_cpu(std::array<int64_t, 2>{rows, columns}, like.scalar_type());
-  return torch::stable::from_blob(pool().take(bytes), {rows, columns}, {columns, 1}, like.device(),
-                                  like.scalar_type(), [](void* data) { pool().give_back(data); });
+  return pooled<2>({rows, columns}, {columns, 1}, like);
+}
+
+torch::stable::Tensor pooled_empty(int64_t size, const torch::stable::Tensor& like) {
+  return pooled<1>({size}, {1}, like);
 }
 
 }  // namespace kd

@@ -1,6 +1,7 @@
 """Kernel contracts: 2-D, per row, no conventions. Users call :mod:`kdkernels.api`."""
 
 from kdkernels.ops import (
+    hidden_match,
     kd_loss,
     linear_kd_loss,
     linear_topk_kd_loss,
@@ -10,6 +11,7 @@ from kdkernels.ops import (
 )
 
 __all__ = [
+    "hidden_match",
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_kd_loss",
