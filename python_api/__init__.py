@@ -9,8 +9,11 @@ from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.functional import (
     KDParts,
+    MatchParts,
     TopK,
     confidence_penalty_loss,
+    hidden_match_loss,
+    hidden_match_many,
     kd_loss,
     label_smoothing_loss,
     linear_kd_loss,
@@ -23,6 +26,8 @@ from kdkernels.api.functional import (
 )
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
+    HiddenMatchLoss,
+    HiddenMatchMany,
     KDLoss,
     LabelSmoothingLoss,
     LinearKDLoss,
@@ -34,11 +39,14 @@ from kdkernels.api.nn import (
 
 __all__ = [
     "ConfidencePenaltyLoss",
+    "HiddenMatchLoss",
+    "HiddenMatchMany",
     "KDLoss",
     "KDParts",
     "LabelSmoothingLoss",
     "LinearKDLoss",
     "LinearTopKKDLoss",
+    "MatchParts",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",
@@ -51,6 +59,8 @@ __all__ = [
     "confidence_penalty_loss",
     "explain",
     "functional",
+    "hidden_match_loss",
+    "hidden_match_many",
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",

@@ -14,14 +14,18 @@ from kdkernels import _checks
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
+from kdkernels.api.hidden import MatchParts, hidden_match_loss, hidden_match_many
 from kdkernels.api.topk import TopK, linear_topk_kd_loss, topk_kd_loss, topk_logprobs
 from kdkernels.ops import linear_kd_loss as linear_op
 from kdkernels.ops.kd_loss import Divergence, Spec
 
 __all__ = [
     "KDParts",
+    "MatchParts",
     "TopK",
     "confidence_penalty_loss",
+    "hidden_match_loss",
+    "hidden_match_many",
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",

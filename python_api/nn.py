@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class _Loss(nn.Module):
         """The options, for ``print(module)``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-    def _call(self, *tensors: Tensor | None, **overrides: Any) -> Any:
+    def _call(self, *tensors: Any, **overrides: Any) -> Any:
         return type(self)._function(*tensors, **{**self.options, **overrides})
 
 
@@ -121,6 +121,33 @@ class LinearTopKKDLoss(_Loss):
     ) -> Any:
         """Hidden states ``[..., width]``, head ``[vocab, width]``, the teacher's list, labels."""
         return self._call(student_hidden, student_weight, topk_ids, topk_logprobs, labels, **kw)
+
+
+class HiddenMatchLoss(_Loss):
+    """:func:`kdkernels.hidden_match_loss` as a module.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> loss_fn = kdkernels.HiddenMatchLoss(kind="cosine")
+        >>> loss_fn(torch.randn(4, 8), torch.randn(4, 8), mask=torch.ones(4)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(functional.hidden_match_loss)
+
+    def forward(self, student: Tensor, teacher: Tensor, **kw: Any) -> Any:
+        """Hidden states ``[..., width]``."""
+        return self._call(student, teacher, **kw)
+
+
+class HiddenMatchMany(_Loss):
+    """:func:`kdkernels.hidden_match_many` as a module."""
+
+    _function = staticmethod(functional.hidden_match_many)
+
+    def forward(self, pairs: Sequence[tuple[Tensor, Tensor]], **kw: Any) -> Any:
+        """Pairs of hidden states ``[..., width]``."""
+        return self._call(pairs, **kw)
 
 
 class LabelSmoothingLoss(_Loss):

@@ -27,11 +27,4 @@ inline MatchSpec make_match_spec(const std::vector<double>& numbers) {
   return {static_cast<MatchKind>(static_cast<int>(numbers[0])), numbers[1], numbers[2] != 0.0};
 }
 
-// Every layer's gradient begins on a boundary of so many elements; as _ALIGN in op.py.
-constexpr int64_t kMatchAlign = 32;
-
-inline int64_t match_grad_elements(int64_t rows, int64_t width) {
-  return (rows * width + kMatchAlign - 1) / kMatchAlign * kMatchAlign;
-}
-
 }  // namespace kd

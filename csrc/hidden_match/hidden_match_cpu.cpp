@@ -132,7 +132,7 @@ Results run(const MatchInputs& in, const Tensor* grad, const Tensor* row_losses)
                       static_cast<const char*>(teacher.const_data_ptr()), next, student.stride(0),
                       teacher.stride(0), width, static_cast<float>(in.weights[l] * per_row),
                       terms.data() + l * rows});
-    if (grad != nullptr) next += match_grad_elements(rows, width) * element;
+    if (grad != nullptr) next += rows * width * element;
   }
   call.stream = grad != nullptr && grad->numel() * element > kStreamBytes;
   run_pieces(in, call, layers);

@@ -3,6 +3,7 @@
 from kdkernels.ops import (
     hidden_match,
     kd_loss,
+    linear_hidden_match,
     linear_kd_loss,
     linear_topk_kd_loss,
     scale_grad,
@@ -13,6 +14,7 @@ from kdkernels.ops import (
 __all__ = [
     "hidden_match",
     "kd_loss",
+    "linear_hidden_match",
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "scale_grad",

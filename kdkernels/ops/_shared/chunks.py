@@ -52,6 +52,7 @@ class Head:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, classes: int) -> None:
+        self.shape = weight.shape  # with its padding
         self.weight = weight[:classes]
         self.bias = None if bias is None else bias[:classes]
         self.dtype = accumulate(weight.dtype)
@@ -108,20 +109,19 @@ class Head:
 class _Rows:
     """The rows of a call, chunk by chunk; on the CPU without those that are not valid."""
 
-    def __init__(self, student: Tensor, labels: Tensor | None, spec: Spec, size: int) -> None:
+    def __init__(self, student: Tensor, valid: Tensor | None, size: int) -> None:
         self.count = student.shape[0]
         self._size = size
-        self._labels = labels
         self._index: Tensor | None = None
         self._ignored: Tensor | None = None
-        if labels is None:
+        if valid is None:
             return
-        if labels.device.type == "cpu":
-            index = torch.nonzero(labels != spec.ignore_index).squeeze(1)
+        if valid.device.type == "cpu":
+            index = torch.nonzero(valid).squeeze(1)
             if index.numel() < self.count:
                 self._index, self.count = index, index.numel()
         else:
-            self._ignored = labels == spec.ignore_index
+            self._ignored = ~valid
 
     def chunks(self) -> Iterator[slice]:
         """At least one, so that there is a loss without rows."""
@@ -177,47 +177,80 @@ def listed_teacher(*tensors: Tensor) -> Teacher:
 
 
 class Call:
-    """A call, resolved: heads, rows, the kernels' numbers."""
+    """A call, resolved: the head, the rows, what the loss on rows takes beside them.
+
+    Args:
+        student: hidden states.
+        head: of the student.
+        teacher: what the loss on rows takes of the teacher.
+        valid: ``[rows]`` bool, ``None`` where all are.
+        per_row: what the loss on rows takes next: labels or mask, and row weights.
+        denominator: of the sum.
+        spec: of the loss on rows.
+        chunk_rows: rows at a time.
+        parts: size of the loss's parts.
+    """
 
     def __init__(
         self,
         student: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher: Callable[[Spec, int], Teacher],  # from the spec and the number of classes
-        labels: Tensor | None,
-        row_weights: Tensor | None,
+        head: Head,
+        teacher: Teacher,
+        valid: Tensor | None,
+        per_row: tuple[Tensor | None, Tensor | None],
         denominator: Tensor | None,
-        numbers: Any,
+        spec: Any,
         chunk_rows: int,
+        parts: int,
     ) -> None:
-        spec = Spec.of(numbers)
-        classes = spec.classes if spec.classes >= 0 else student_weight.shape[0]
-        self.spec = spec._replace(classes=-1)
-        self.head = Head(student_weight, student_bias, classes)
-        self.weight_shape = student_weight.shape
-        self.rows = _Rows(student, labels, spec, chunk_rows)
-        self.student, self.teacher = student, teacher(spec, classes)
-        self.labels, self.row_weights = labels, row_weights
+        self.student, self.head, self.teacher = student, head, teacher
+        self.rows = _Rows(student, valid, chunk_rows)
+        self.per_row, self.spec, self.parts = per_row, spec, parts
         self.denominator = denominator
         if denominator is None and spec.mean:
-            self.denominator = student.new_full((), self.rows.count, dtype=self.head.dtype)
-            if labels is not None and labels.device.type != "cpu":
-                self.denominator = (labels != spec.ignore_index).sum().to(self.head.dtype)
+            self.denominator = student.new_full((), self.rows.count, dtype=head.dtype)
+            if valid is not None and valid.device.type != "cpu":
+                self.denominator = valid.sum().to(head.dtype)
 
     def open(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """The student's hidden states and logits, and what the kernel takes beside them."""
         x = self.head.rows(self.rows.clean(self.student, chunk))
         logits = self.head.logits(x)
         teacher = self.teacher(self.rows, chunk)
-        labels = self.rows.of(self.labels, chunk)
-        weights = self.rows.of(self.row_weights, chunk)
-        return x, logits, (*teacher, labels, weights, self.denominator, self.spec)
+        per_row = (self.rows.of(x, chunk) for x in self.per_row)
+        return x, logits, (*teacher, *per_row, self.denominator, self.spec)
+
+
+def loss_on_logits(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Callable[[Spec, int], Teacher],  # from the spec and the number of classes
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    denominator: Tensor | None,
+    numbers: Any,
+    chunk_rows: int,
+) -> Call:
+    """A call of a loss that reads logits, as ``kd_loss`` does."""
+    spec = Spec.of(numbers)
+    classes = spec.classes if spec.classes >= 0 else student_weight.shape[0]
+    return Call(
+        student,
+        Head(student_weight, student_bias, classes),
+        teacher(spec, classes),
+        None if labels is None else labels != spec.ignore_index,
+        (labels, row_weights),
+        denominator,
+        spec._replace(classes=-1),
+        chunk_rows,
+        parts=4,
+    )
 
 
 def _zeros(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     dtype, student = call.head.dtype, call.student
-    loss, parts = student.new_zeros((), dtype=dtype), student.new_zeros((4,), dtype=dtype)
+    loss, parts = student.new_zeros((), dtype=dtype), student.new_zeros((call.parts,), dtype=dtype)
     return loss, parts, student.new_zeros((student.shape[0],), dtype=dtype)
 
 
@@ -235,11 +268,13 @@ def forward(call: Call, on_rows: Callable[..., Any]) -> tuple[Tensor, Tensor, Te
 
 
 def gradients(
-    call: Call, on_rows_grad_: Callable[..., Any], wanted: list[bool]
+    call: Call, on_rows_grad: Callable[..., Any], wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, parts and the wanted gradients, by the loss on rows that overwrites its logits."""
+    """Loss, parts and the wanted gradients, by the loss on rows with its gradient, which may have
+    overwritten the logits.
+    """
     wants_hidden, wants_weight, wants_bias = wanted
-    head, student, shape = call.head, call.student, call.weight_shape
+    head, student, shape = call.head, call.student, call.head.shape
     loss, parts, _ = _zeros(call)
     # Rows that are not valid keep their zeros.
     hidden_grad = student.new_zeros(
@@ -249,17 +284,17 @@ def gradients(
     bias_grad = student.new_zeros(shape[:1] if wants_bias else (0,), dtype=head.dtype)
     for chunk in call.rows.chunks():
         x, logits, others = call.open(chunk)
-        chunk_loss, chunk_parts = on_rows_grad_(logits, *others)
-        del others
+        chunk_loss, chunk_parts, of_logits = on_rows_grad(logits, *others)
+        del logits, others
         loss += chunk_loss
         parts += chunk_parts
-        grad = head.gradient(logits)
+        grad = head.gradient(of_logits)
         if wants_hidden:
             call.rows.put(hidden_grad, chunk, head.hidden(grad))
         if wants_weight:
             head.add_weight(grad, x, weight_grad)
         if wants_bias:
-            bias_grad[: logits.shape[1]] += logits.sum(0)
-        del logits, grad  # before the next chunk's take their place
+            bias_grad[: of_logits.shape[1]] += of_logits.sum(0)
+        del of_logits, grad  # before the next chunk's take their place
     dtype = kept(head.weight.dtype)
     return loss, parts, hidden_grad, weight_grad.to(dtype), bias_grad.to(dtype)

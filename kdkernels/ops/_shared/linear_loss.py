@@ -29,26 +29,28 @@ Tensors = tuple[Any, ...]
 _ROW_WEIGHTS = -2  # in Tensors
 
 
-def declare(op: str, teacher: str) -> tuple[Primitive, Primitive]:
+def declare(op: str, inputs: str, parts: int = 4) -> tuple[Primitive, Primitive]:
     """The primitives of a loss: loss only, and with the wanted gradients.
 
     Args:
         op: name of the first; the other is ``{op}_grad``.
-        teacher: schema of the arguments that are the teacher's.
+        inputs: schema of what comes after the student's tensors: the teacher's, and labels or mask.
+        parts: size of the loss's parts.
     """
     inputs = (
-        f"Tensor student, Tensor student_weight, Tensor? student_bias, {teacher}, Tensor? labels, "
+        f"Tensor student, Tensor student_weight, Tensor? student_bias, {inputs}, "
         "Tensor? row_weights, Tensor? denominator, float[] spec, int chunk_rows"
     )
     results = "Tensor loss, Tensor parts"
+    fake = partial(_fake, parts)
     return (
         # Loss only, also per row.
-        Primitive(op, f"({inputs}) -> ({results}, Tensor rows)", fake=_fake, compiled=False),
+        Primitive(op, f"({inputs}) -> ({results}, Tensor rows)", fake=fake, compiled=False),
         # wanted: of hidden states, weight, bias. An unwanted gradient is empty.
         Primitive(
             f"{op}_grad",
             f"({inputs}, bool[] wanted) -> ({results}, Tensor hidden, Tensor weight, Tensor bias)",
-            fake=_fake_grad,
+            fake=partial(_fake_grad, parts),
             compiled=False,
         ),
     )
@@ -57,39 +59,58 @@ def declare(op: str, teacher: str) -> tuple[Primitive, Primitive]:
 def attach(
     backend: str,
     primitives: tuple[Primitive, Primitive],
-    rows: tuple[Primitive, Primitive],
+    on_rows: Callable[..., Any],
+    on_rows_grad: Callable[..., Any],
     call: Callable[..., Call],
 ) -> None:
-    """Makes a backend of the loss on rows, ``(forward, grad_)``, one of the linear loss.
+    """Makes a backend of the loss on rows one of the linear loss.
 
-    ``call`` resolves the arguments of the first primitive.
+    Args:
+        backend: its name.
+        primitives: of the linear loss.
+        on_rows: ``(logits, *others) -> loss, parts, rows``.
+        on_rows_grad: ``(logits, *others) -> loss, parts, gradient``; may overwrite the logits.
+        call: resolves the arguments of the first primitive.
     """
-    on_rows, on_rows_grad_ = (partial(primitive, backend) for primitive in rows)
 
     def forward_only(*args: Any) -> Any:
         return forward(call(*args), on_rows)
 
     def with_gradients(*args: Any) -> Any:
-        return gradients(call(*args[:-1]), on_rows_grad_, args[-1])
+        return gradients(call(*args[:-1]), on_rows_grad, args[-1])
 
     primitives[0].launcher(backend)(forward_only)
     primitives[1].launcher(backend)(with_gradients)
 
 
-def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attach_logits(
+    backend: str,
+    primitives: tuple[Primitive, Primitive],
+    rows: tuple[Primitive, Primitive],
+    call: Callable[..., Call],
+) -> None:
+    """:func:`attach` by the primitives of a loss on logits, ``(forward, grad_)``."""
+
+    def overwrites(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return (*rows[1](backend, logits, *others), logits)
+
+    attach(backend, primitives, partial(rows[0], backend), overwrites, call)
+
+
+def _fake(parts: int, student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate(student.dtype)
-    sizes: tuple[tuple[Any, ...], ...] = ((), (4,), (student.shape[0],))
-    loss, parts, rows = (student.new_empty(size, dtype=dtype) for size in sizes)
-    return loss, parts, rows
+    sizes: tuple[tuple[Any, ...], ...] = ((), (parts,), (student.shape[0],))
+    loss, of_parts, rows = (student.new_empty(size, dtype=dtype) for size in sizes)
+    return loss, of_parts, rows
 
 
 def _fake_grad(
-    student: Tensor, weight: Tensor, *args: Any
+    parts: int, student: Tensor, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wants_hidden, wants_weight, wants_bias = args[-1]
     dtype = kept(student.dtype)
     return (
-        *_fake(student)[:2],
+        *_fake(parts, student)[:2],
         student.new_empty(student.shape if wants_hidden else (0,), dtype=dtype),
         student.new_empty(weight.shape if wants_weight else (0,), dtype=kept(weight.dtype)),
         student.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=kept(weight.dtype)),

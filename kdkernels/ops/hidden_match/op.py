@@ -7,7 +7,6 @@ name and projections.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +20,6 @@ from kdkernels.ops.hidden_match.spec import Spec
 from kdkernels.ops.scale_grad.op import scale_grad
 
 OP = "hidden_match"
-# Every layer's gradient begins on a boundary of so many elements: 64 bytes and more.
-_ALIGN = 32
 # mask, row_weights, denominator, weights of the layers, spec
 Others = tuple[Any, ...]
 _ROW_WEIGHTS, _DENOMINATOR = 1, 2
@@ -38,8 +35,7 @@ def gradient_offsets(students: Sequence[Tensor]) -> list[int]:
     """Where each layer's gradient begins in the one tensor that holds all, and where it ends."""
     offsets = [0]
     for student in students:
-        size = student.shape[0] * student.shape[1]
-        offsets.append(offsets[-1] + (size + _ALIGN - 1) // _ALIGN * _ALIGN)
+        offsets.append(offsets[-1] + student.shape[0] * student.shape[1])
     return offsets
 
 
@@ -266,10 +262,8 @@ def _late_gradients(ctx: Any, grad_rows: Tensor) -> list[Tensor]:
 
 
 def _split(gradient: Tensor, shapes: Sequence[torch.Size], offsets: list[int]) -> list[Tensor]:
-    return [
-        gradient[begin : begin + math.prod(shape)].view(shape)
-        for begin, shape in zip(offsets, shapes, strict=False)
-    ]
+    ends = zip(offsets[:-1], offsets[1:], shapes, strict=True)
+    return [gradient[begin:end].view(shape) for begin, end, shape in ends]
 
 
 def _wants_grad(students: Sequence[Tensor]) -> bool:

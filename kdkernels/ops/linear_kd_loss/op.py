@@ -10,7 +10,7 @@ from torch import Tensor
 from kdkernels import _backend, _checks
 from kdkernels.ops import kd_loss as kd
 from kdkernels.ops._shared import linear_loss
-from kdkernels.ops._shared.chunks import Call, dense_teacher
+from kdkernels.ops._shared.chunks import Call, dense_teacher, loss_on_logits
 from kdkernels.ops.kd_loss.op import kd_loss_forward, kd_loss_grad_
 from kdkernels.ops.kd_loss.spec import Spec
 from kdkernels.ops.linear_kd_loss.reference import linear_kd_loss_reference
@@ -20,7 +20,7 @@ COMPOSED_OF = "kd_loss"
 _OP = "linear_kd_loss"
 
 linear_kd_loss_forward, linear_kd_loss_grad = linear_loss.declare(
-    _OP, "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias"
+    _OP, "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels"
 )
 _reduced, _per_row = linear_loss.differentiable(_OP, linear_kd_loss_forward, linear_kd_loss_grad)
 
@@ -125,13 +125,13 @@ def _call(
         hidden = teacher if spec.needs_teacher else None
         return dense_teacher(hidden, teacher_weight, teacher_bias, classes)
 
-    return Call(student, weight, bias, side, *others)
+    return loss_on_logits(student, weight, bias, side, *others)
 
 
 def attach(backend: str) -> None:
     """Makes a backend of ``kd_loss`` one of this op."""
     primitives = linear_kd_loss_forward, linear_kd_loss_grad
-    linear_loss.attach(backend, primitives, (kd_loss_forward, kd_loss_grad_), _call)
+    linear_loss.attach_logits(backend, primitives, (kd_loss_forward, kd_loss_grad_), _call)
 
 
 def _prepare(

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdkernels import _backend, _checks
 from kdkernels.ops import topk_kd_loss as topk
 from kdkernels.ops._shared import linear_loss
-from kdkernels.ops._shared.chunks import Call, listed_teacher
+from kdkernels.ops._shared.chunks import Call, listed_teacher, loss_on_logits
 from kdkernels.ops.kd_loss.spec import Spec
 from kdkernels.ops.linear_topk_kd_loss.reference import linear_topk_kd_loss_reference
 from kdkernels.ops.topk_kd_loss.op import (
@@ -26,7 +26,7 @@ COMPOSED_OF = "topk_kd_loss"
 _OP = "linear_topk_kd_loss"
 
 linear_topk_kd_loss_forward, linear_topk_kd_loss_grad = linear_loss.declare(
-    _OP, "Tensor topk_ids, Tensor topk_logprobs"
+    _OP, "Tensor topk_ids, Tensor topk_logprobs, Tensor? labels"
 )
 _reduced, _per_row = linear_loss.differentiable(
     _OP, linear_topk_kd_loss_forward, linear_topk_kd_loss_grad
@@ -120,13 +120,13 @@ def _call(
     def side(spec: Spec, classes: int) -> Any:
         return listed_teacher(topk_ids, topk_logprobs)
 
-    return Call(student, weight, bias, side, *others)
+    return loss_on_logits(student, weight, bias, side, *others)
 
 
 def attach(backend: str) -> None:
     """Makes a backend of ``topk_kd_loss`` one of this op."""
     primitives = linear_topk_kd_loss_forward, linear_topk_kd_loss_grad
-    linear_loss.attach(backend, primitives, (topk_kd_loss_forward, topk_kd_loss_grad_), _call)
+    linear_loss.attach_logits(backend, primitives, (topk_kd_loss_forward, topk_kd_loss_grad_), _call)
 
 
 def _prepare(
