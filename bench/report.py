@@ -84,7 +84,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """One table a shape, dtype and mode; times of launch-bound shapes in microseconds."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.rows, row.columns, row.dtype, row.mode), []).append(row)
+        groups.setdefault((row.rows, row.columns, row.dtype, row.divergence, row.mode), []).append(row)
     return [_table(group) for group in groups.values()]
 
 
@@ -92,7 +92,9 @@ def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     rivals = list(dict.fromkeys(name for row in rows for name in row.ratio))
     unit = "us" if first.launch_bound else "ms"
-    title = f"{first.op} {first.mode}, {first.rows} x {first.columns} {first.dtype}, {first.device}"
+    # Forward KL is what losses on logits are measured with unless told.
+    kind = "" if first.divergence == "forward_kl" else f"{first.divergence} "
+    title = f"{first.op} {kind}{first.mode}, {first.rows} x {first.columns} {first.dtype}, {first.device}"
     if not first.launch_bound:
         title += f"; copy {first.copy_gb_per_s:.1f} GB/s"
     if first.floor_ms is not None:

@@ -36,7 +36,12 @@ Against = Annotated[
 ]
 Shape = Annotated[Words, typer.Option(help="ROWSxVOCAB [default: real models', by device].")]
 Dtype = Annotated[Words, typer.Option(help="float32, bfloat16, float16 [default: first two].")]
-Divergence = Annotated[str, typer.Option(help="forward_kl, reverse_kl, jsd or tvd.")]
+Divergence = Annotated[
+    Words,
+    typer.Option(
+        "--divergence", "--kind", help="forward_kl, reverse_kl, ..., mse, ... [default: the op's]."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="Temperature of the divergence.")]
 Mode = Annotated[Words, typer.Option(help="forward, backward, full [default: full].")]
 Json = Annotated[Path | None, typer.Option("--json", help="Append JSON lines to this file.")]
@@ -51,7 +56,7 @@ def bench(
     against: Against = None,
     shape: Shape = None,
     dtype: Dtype = None,
-    divergence: Divergence = "forward_kl",
+    divergence: Divergence = None,
     temperature: Temperature = 2.0,
     mode: Mode = None,
     json_path: Json = None,
@@ -77,12 +82,14 @@ def bench(
             seconds=min(seconds, QUICK_SECONDS) if quick else seconds,
             memory=not quick,
         )
-        plans.append((plan, sizes or ([QUICK_SHAPE] if quick else case.shapes(device))))
+        what = _several("divergence", divergence, case.divergences)
+        shapes = sizes or ([QUICK_SHAPE] if quick else case.shapes(device))
+        plans.append((plan, what or case.default_divergences, shapes))
     console = Console(highlight=False)
     failed = False
-    for plan, shapes in plans:
-        for size, kind in itertools.product(shapes, dtypes):
-            setting = Setting(device, DTYPES[kind], divergence, temperature)
+    for plan, what, shapes in plans:
+        for size, kind, dtype_ in itertools.product(shapes, what, dtypes):
+            setting = Setting(device, DTYPES[dtype_], kind, temperature)
             measured = measure(plan, setting, size)
             _show(console, measured)
             if json_path is not None:  # at once: a run that is cut keeps its tables

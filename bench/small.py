@@ -16,7 +16,6 @@ from kdkernels.bench import cases
 from kdkernels.bench.cases import Consuming, Setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 # In one block, over a cluster, too long for the memory on the chip; rows that are not aligned.
 SHAPES = ((3, 1001), (2, 151936), (1, 700001))
 
@@ -31,8 +30,8 @@ def run_all(backend: str | None = None) -> int:
             continue  # composed of another op's kernels
         names = [b for b in available_backends(op, device) if b != "reference"]
         names = [b for b in names if backend in (None, b)]
-        divergences = getattr(case, "divergences", DIVERGENCES)
-        for name, dtype, divergence, shape in itertools.product(names, DTYPES, divergences, SHAPES):
+        calls_of = itertools.product(names, DTYPES, case.divergences, SHAPES)
+        for name, dtype, divergence, shape in calls_of:
             setting = Setting(device, dtype, divergence)
             run = case.ours(setting, name)
             inputs = case.inputs(setting, shape)

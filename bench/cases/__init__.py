@@ -45,7 +45,7 @@ class TritonCall:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every case can be asked for."""
+    """What every case can be asked for; ``divergence`` is a loss's own word, e.g. ``mse``."""
 
     device: str
     dtype: torch.dtype
@@ -57,9 +57,11 @@ class Case(Protocol):
     """What a file of this folder offers as ``CASE``.
 
     It may also have ``narrow_stores``, names of row kernels whose results are no rows: they need
-    not be stored 16 bytes at a time; and ``divergences``, where it does not take all of them.
+    not be stored 16 bytes at a time.
     """
 
+    divergences: tuple[str, ...]  # what it can be asked for as ``Setting.divergence``
+    default_divergences: tuple[str, ...]  # what is measured unless told
     modes: tuple[str, ...]  # of forward, backward, full
     rivals: tuple[str, ...]
     row_kernels: tuple[str, ...]  # names of the GPU kernels that walk over rows, 16 bytes at a time

@@ -31,6 +31,8 @@ Logits = tuple[Tensor, Tensor, Tensor]  # student, teacher, labels
 class KDLossCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
+    divergences = tuple(rivals.DIVERGENCES)
+    default_divergences = ("forward_kl",)
     modes = ("forward", "backward", "full")
     rivals = ("eager", "compile", "liger", "trl")
     row_kernels = ("kd_loss_rows", "kd_loss_kernel")

@@ -23,6 +23,8 @@ WIDTH = {"cpu": 768, "cuda": 4096}  # of both models
 class LinearKDLossCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
+    divergences = tuple(rivals.DIVERGENCES)
+    default_divergences = ("forward_kl",)
     modes = ("forward", "full")
     rivals = ("eager", "gemms")
     row_kernels: tuple[str, ...] = ()

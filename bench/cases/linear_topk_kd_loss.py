@@ -24,6 +24,8 @@ WIDTH = {"cpu": 768, "cuda": 4096}
 class LinearTopKKDLossCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
+    divergences = ("forward_kl", "reverse_kl")
+    default_divergences = ("forward_kl",)
     modes = ("forward", "full")
     rivals = ("eager", "gemms")
     row_kernels: tuple[str, ...] = ()

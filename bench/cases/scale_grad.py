@@ -19,6 +19,7 @@ SHAPES = {"cpu": [(512, 32000), (256, 128256)], "cuda": [(4096, 32000), (4096, 1
 class ScaleGradCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
+    divergences = default_divergences = ("forward_kl",)  # nothing to choose
     modes = ("forward",)
     rivals = ("eager",)
     row_kernels = ("scale_rows", "scale_grad_kernel")

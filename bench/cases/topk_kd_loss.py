@@ -36,8 +36,9 @@ KINDS = list(itertools.product((Divergence.FORWARD_KL, Divergence.REVERSE_KL), T
 class TopKKDLossCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
-    modes = ("forward", "backward", "full")
     divergences = ("forward_kl", "reverse_kl")
+    default_divergences = ("forward_kl",)
+    modes = ("forward", "backward", "full")
     rivals = ("eager", "cross_entropy", "compile")
     row_kernels = ("kd_loss_rows", "kd_loss_kernel")
     unchecked = ("cross_entropy",)

@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class TopkCase:
     """See :class:`kdkernels.bench.cases.Case`. ``logsumexp`` is the floor: one pass, no classes."""
 
+    divergences = default_divergences = ("forward_kl",)  # nothing to choose
     modes = ("forward",)
     rivals = ("eager", "logsumexp")
     row_kernels = ("topk_rows", "topk_select_kernel")

@@ -25,7 +25,7 @@ _OP = "linear_hidden_match"
 _ONE = [1.0]  # layer, of weight 1
 
 # Bytes of a chunk's projected states.
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 linear_hidden_match_forward, linear_hidden_match_grad = linear_loss.declare(
     _OP, "Tensor teacher, Tensor? mask", parts=2
