@@ -21,6 +21,7 @@ from kdkernels.api.functional import (
     topk_kd_loss,
     topk_logprobs,
 )
+from kdkernels.api.layers import LayerMap, Projections
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
     KDLoss,
@@ -37,8 +38,10 @@ __all__ = [
     "KDLoss",
     "KDParts",
     "LabelSmoothingLoss",
+    "LayerMap",
     "LinearKDLoss",
     "LinearTopKKDLoss",
+    "Projections",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",
