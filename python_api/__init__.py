@@ -7,6 +7,7 @@ if __name__ != "kdkernels.api":
 from kdkernels.api import cache, compat, functional, nn
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
+from kdkernels.api.capture import Capture
 from kdkernels.api.functional import (
     KDParts,
     TopK,
@@ -34,6 +35,7 @@ from kdkernels.api.nn import (
 )
 
 __all__ = [
+    "Capture",
     "ConfidencePenaltyLoss",
     "KDLoss",
     "KDParts",
