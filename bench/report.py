@@ -84,7 +84,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """One table a shape, dtype and mode; times of launch-bound shapes in microseconds."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.rows, row.columns, row.dtype, row.divergence, row.mode), []).append(row)
+        groups.setdefault((row.rows, row.columns, row.dtype, row.divergence, row.mode), []).append(
+            row
+        )
     return [_table(group) for group in groups.values()]
 
 

@@ -7,6 +7,7 @@ if __name__ != "kdkernels.api":
 from kdkernels.api import cache, compat, functional, nn
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
+from kdkernels.api.capture import Capture
 from kdkernels.api.functional import (
     KDParts,
     MatchParts,
@@ -24,6 +25,7 @@ from kdkernels.api.functional import (
     topk_kd_loss,
     topk_logprobs,
 )
+from kdkernels.api.layers import LayerMap, Projections
 from kdkernels.api.nn import (
     ConfidencePenaltyLoss,
     HiddenMatchLoss,
@@ -38,15 +40,18 @@ from kdkernels.api.nn import (
 )
 
 __all__ = [
+    "Capture",
     "ConfidencePenaltyLoss",
     "HiddenMatchLoss",
     "HiddenMatchMany",
     "KDLoss",
     "KDParts",
     "LabelSmoothingLoss",
+    "LayerMap",
     "LinearKDLoss",
     "LinearTopKKDLoss",
     "MatchParts",
+    "Projections",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",

@@ -73,18 +73,17 @@ inline MatchInputs checked_match(const char* op, const std::vector<Tensor>& stud
       !students.empty() && students.size() == teachers.size() && students.size() == weights.size(),
       op, ": students, teachers and weights must have one entry a layer, got ", students.size(),
       ", ", teachers.size(), " and ", weights.size());
-  const MatchInputs in{op,          students, teachers, mask, row_weights, denominator, weights,
-                       make_match_spec(numbers)};
+  const MatchInputs in{op,          students,    teachers, mask,
+                       row_weights, denominator, weights,  make_match_spec(numbers)};
   for (size_t layer = 0; layer < students.size(); ++layer) check_match_layer(in, layer);
   check_match_dtype(in, students[0], "students");
   check_match_dtype(in, teachers[0], "teachers");
   check_per_row(mask, in.rows(), ScalarType::Bool, op, "mask");
   check_per_row(row_weights, in.rows(), ScalarType::Float, op, "row_weights");
   if (denominator.has_value()) {
-    STD_TORCH_CHECK(
-        denominator->numel() == 1 && denominator->scalar_type() == ScalarType::Float, op,
-        ": denominator must be one float32, got ", denominator->numel(), " of dtype ",
-        static_cast<int>(denominator->scalar_type()));
+    STD_TORCH_CHECK(denominator->numel() == 1 && denominator->scalar_type() == ScalarType::Float,
+                    op, ": denominator must be one float32, got ", denominator->numel(),
+                    " of dtype ", static_cast<int>(denominator->scalar_type()));
   }
   return in;
 }

@@ -101,8 +101,8 @@ void run_pieces(const MatchInputs& in, const MatchCall& call,
       pieces.push_back({&layer, begin, std::min(begin + step, in.rows())});
     }
   }
-  const MatchRows function = match_function(call.kind, in.students[0].scalar_type(),
-                                            in.teachers[0].scalar_type());
+  const MatchRows function =
+      match_function(call.kind, in.students[0].scalar_type(), in.teachers[0].scalar_type());
   const int64_t count = pieces.size();
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -115,8 +115,7 @@ Results run(const MatchInputs& in, const Tensor* grad, const Tensor* row_losses)
   const int64_t rows = in.rows();
   MatchCall call{in.spec.kind, static_cast<float>(in.spec.beta), data_or_null<bool>(in.mask),
                  data_or_null<float>(in.row_weights), false};
-  const int64_t valid =
-      call.mask == nullptr ? rows : std::count(call.mask, call.mask + rows, true);
+  const int64_t valid = call.mask == nullptr ? rows : std::count(call.mask, call.mask + rows, true);
   double divisor = in.spec.mean ? static_cast<double>(valid) : 1.0;
   if (in.denominator.has_value()) divisor = *data_or_null<float>(in.denominator);
   const double per_row = divisor != 0.0 ? 1.0 / divisor : 1.0;
@@ -144,19 +143,21 @@ std::tuple<Tensor, Tensor, Tensor> hidden_match(const Tensors& students, const T
                                                 const MaybeTensor& row_weights,
                                                 const MaybeTensor& denominator,
                                                 const Numbers& weights, const Numbers& spec) {
-  const MatchInputs in = checked_match(kOp, students, teachers, mask, row_weights, denominator,
-                                       weights, spec);
+  const MatchInputs in =
+      checked_match(kOp, students, teachers, mask, row_weights, denominator, weights, spec);
   const Tensor rows = empty_cpu(std::array<int64_t, 1>{in.rows()}, ScalarType::Float);
   const Results results = run(in, nullptr, &rows);
   return {results.loss, results.parts, rows};
 }
 
-std::tuple<Tensor, Tensor, Tensor> hidden_match_grad(
-    const Tensors& students, const Tensors& teachers, const MaybeTensor& mask,
-    const MaybeTensor& row_weights, const MaybeTensor& denominator, const Numbers& weights,
-    const Numbers& spec) {
-  const MatchInputs in = checked_match(kOp, students, teachers, mask, row_weights, denominator,
-                                       weights, spec);
+std::tuple<Tensor, Tensor, Tensor> hidden_match_grad(const Tensors& students,
+                                                     const Tensors& teachers,
+                                                     const MaybeTensor& mask,
+                                                     const MaybeTensor& row_weights,
+                                                     const MaybeTensor& denominator,
+                                                     const Numbers& weights, const Numbers& spec) {
+  const MatchInputs in =
+      checked_match(kOp, students, teachers, mask, row_weights, denominator, weights, spec);
   const Tensor grad = pooled_empty(in.gradient_elements(), students[0]);
   const Results results = run(in, &grad, nullptr);
   return {results.loss, results.parts, grad};

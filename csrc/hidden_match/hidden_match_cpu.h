@@ -13,7 +13,7 @@ struct MatchLayer {
   const char* teacher;
   char* grad;  // [rows, width], contiguous; or null: loss only
   int64_t student_stride, teacher_stride, width;
-  float scale;  // of the gradient: the layer's weight over the denominator
+  float scale;   // of the gradient: the layer's weight over the denominator
   float* terms;  // [rows]: the unweighted distance of each row
 };
 

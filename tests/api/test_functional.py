@@ -419,6 +419,8 @@ def test_examples_in_docstrings_run() -> None:
         kdkernels.api.nn,
         kdkernels.api.compat,
         kdkernels.api.backends,
+        kdkernels.api.capture,
+        kdkernels.api.layers,
         kdkernels._backend,
     )
     for module in modules:

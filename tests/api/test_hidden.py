@@ -224,7 +224,9 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSALS)
 def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^hidden_match_many: .*{message}|^hidden_match_many: {message}"):
+    with pytest.raises(
+        error, match=f"^hidden_match_many: .*{message}|^hidden_match_many: {message}"
+    ):
         hidden_match_many(**{"pairs": [(S, T)], **change})
 
 

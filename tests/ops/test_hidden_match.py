@@ -61,7 +61,6 @@ class Result:
         self.grads = torch.autograd.grad(self.loss, leaves, upstream)
         self.loss = self.loss.detach()
 
-
     @staticmethod
     def unit_vectors(
         student: Tensor,

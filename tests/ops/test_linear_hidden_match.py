@@ -178,9 +178,7 @@ def test_opcheck(backend: Backend) -> None:
     call = (*inputs, None, None, None, [2.0, 1.0, 1.0], 3)
     torch.library.opcheck(linear_hidden_match_forward.overload(backend.name), call)
     for wanted in ([True, True, True], [True, False, False]):
-        torch.library.opcheck(
-            linear_hidden_match_grad.overload(backend.name), (*call, wanted)
-        )
+        torch.library.opcheck(linear_hidden_match_grad.overload(backend.name), (*call, wanted))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -130,9 +130,7 @@ def _call(
 
     spec = Spec.of(numbers)
     per_row = (mask, row_weights)
-    return Call(
-        student, head, of_teacher, mask, per_row, denominator, spec, chunk_rows, parts=2
-    )
+    return Call(student, head, of_teacher, mask, per_row, denominator, spec, chunk_rows, parts=2)
 
 
 def attach(backend: str) -> None:

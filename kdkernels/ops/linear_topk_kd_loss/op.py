@@ -126,7 +126,9 @@ def _call(
 def attach(backend: str) -> None:
     """Makes a backend of ``topk_kd_loss`` one of this op."""
     primitives = linear_topk_kd_loss_forward, linear_topk_kd_loss_grad
-    linear_loss.attach_logits(backend, primitives, (topk_kd_loss_forward, topk_kd_loss_grad_), _call)
+    linear_loss.attach_logits(
+        backend, primitives, (topk_kd_loss_forward, topk_kd_loss_grad_), _call
+    )
 
 
 def _prepare(
