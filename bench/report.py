@@ -84,9 +84,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """One table a shape, dtype and mode; times of launch-bound shapes in microseconds."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.rows, row.columns, row.dtype, row.divergence, row.mode), []).append(
-            row
-        )
+        key = (row.rows, row.columns, row.dtype, row.divergence, row.mode)
+        groups.setdefault(key, []).append(row)
     return [_table(group) for group in groups.values()]
 
 

@@ -73,9 +73,9 @@ def hidden_match_loss(
         kind: ``mse``, ``smooth_l1``, ``cosine`` or ``pkd``.
         mask: ``[...]`` bool or 0/1, e.g. the attention mask; rows that are 0 are left out. They are
             never read, so they may hold NaN.
-        row_weights: factors of the rows' losses, ``[...]`` or its first dimensions (``[batch]``: one
-            weight an example, which changes that example's gradient only). They do not change the
-            denominator.
+        row_weights: factors of the rows' losses, ``[...]`` or its first dimensions (``[batch]``:
+            one weight an example, which changes that example's gradient only). They do not change
+            the denominator.
         projection: maps the student's width to the teacher's. An ``nn.Linear`` is fused: its output
             exists for a chunk of rows at a time, and its weight and bias get their gradients.
             Anything else is called.

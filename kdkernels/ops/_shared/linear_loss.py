@@ -119,9 +119,9 @@ def _fake_grad(
 
 # ---- autograd ------------------------------------------------------------------------------------
 
-# (backend, tensors, spec, chunk_rows) -> loss [], parts [4]
-Reduced = Callable[[str, Tensors, Spec, int], tuple[Tensor, Tensor]]
-PerRow = Callable[[str, Tensors, Spec, int], Tensor]  # -> [rows]
+# (backend, tensors, spec of the loss on rows, chunk_rows) -> loss [], parts
+Reduced = Callable[[str, Tensors, Any, int], tuple[Tensor, Tensor]]
+PerRow = Callable[[str, Tensors, Any, int], Tensor]  # -> [rows]
 
 
 def differentiable(op: str, forward: Primitive, grad: Primitive) -> tuple[Reduced, PerRow]:
@@ -135,7 +135,7 @@ def differentiable(op: str, forward: Primitive, grad: Primitive) -> tuple[Reduce
             weight: Tensor,
             bias: Tensor | None,
             others: Tensors,
-            spec: Spec,
+            spec: Any,
             chunk_rows: int,
             backend: str,
         ) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def differentiable(op: str, forward: Primitive, grad: Primitive) -> tuple[Reduce
             weight: Tensor,
             bias: Tensor | None,
             others: Tensors,
-            spec: Spec,
+            spec: Any,
             chunk_rows: int,
             backend: str,
         ) -> Tensor:
@@ -202,7 +202,7 @@ def differentiable(op: str, forward: Primitive, grad: Primitive) -> tuple[Reduce
             return *found, None, None, None, None
 
     def reduced(
-        backend: str, tensors: Tensors, spec: Spec, chunk_rows: int
+        backend: str, tensors: Tensors, spec: Any, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
         try:
             if _wants_grad(tensors):
@@ -213,7 +213,7 @@ def differentiable(op: str, forward: Primitive, grad: Primitive) -> tuple[Reduce
             raise _checks.as_contract(op.removeprefix("linear_"), error) from None
         return loss, parts
 
-    def per_row(backend: str, tensors: Tensors, spec: Spec, chunk_rows: int) -> Tensor:
+    def per_row(backend: str, tensors: Tensors, spec: Any, chunk_rows: int) -> Tensor:
         spec = spec._replace(mean=False)
         try:
             if _wants_grad(tensors):

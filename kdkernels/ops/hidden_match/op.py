@@ -171,7 +171,7 @@ def unsupported(
 
 # ---- autograd ------------------------------------------------------------------------------------
 # Old-style forward(ctx, ...), as in _shared/row_loss.py. What is not differentiated is no argument
-# of its own (each costs time), and is not saved: a teacher from torch.inference_mode() could not be.
+# of its own (each costs time) and is not saved: a teacher of torch.inference_mode() could not be.
 
 
 class Match(torch.autograd.Function):

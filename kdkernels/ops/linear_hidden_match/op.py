@@ -72,7 +72,7 @@ def linear_hidden_match(
         student, teacher, mask, row_weights, denominator, spec, head, chunk_rows, backend
     )
     if name == "reference":
-        loss, parts, _ = linear_hidden_match_reference(*tensors, spec)
+        loss, parts, _ = linear_hidden_match_reference(*(*tensors, spec))
         return loss, parts
     return _reduced(name, tensors, spec, chunk)
 
@@ -95,7 +95,8 @@ def linear_hidden_match_rows(
         student, teacher, mask, row_weights, None, spec, head, chunk_rows, backend
     )
     if name == "reference":
-        return linear_hidden_match_reference(*tensors, spec._replace(mean=False))[2]
+        spec = spec._replace(mean=False)
+        return linear_hidden_match_reference(*(*tensors, spec))[2]
     return _per_row(name, tensors, spec, chunk)
 
 
