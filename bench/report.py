@@ -95,7 +95,8 @@ def _table(rows: Sequence[Row]) -> Table:
     unit = "us" if first.launch_bound else "ms"
     # Forward KL is what losses on logits are measured with unless told.
     kind = "" if first.divergence == "forward_kl" else f"{first.divergence} "
-    title = f"{first.op} {kind}{first.mode}, {first.rows} x {first.columns} {first.dtype}, {first.device}"
+    title = f"{first.op} {kind}{first.mode}, {first.rows} x {first.columns} {first.dtype}"
+    title += f", {first.device}"
     if not first.launch_bound:
         title += f"; copy {first.copy_gb_per_s:.1f} GB/s"
     if first.floor_ms is not None:
