@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 
 from kdkernels.ops.kd_loss import Divergence, Spec, Tail
+from kdkernels.ops.linear_kd_loss import plan_chunk_rows
 
 DIVERGENCES = {
     "forward_kl": Divergence.FORWARD_KL,
@@ -160,6 +161,23 @@ def positive(name: str, argument: str, value: object) -> None:
     number(name, argument, value, -math.inf, math.inf)
     if value <= 0:  # type: ignore[operator]
         raise ValueError(f"{name}: {argument} must be positive, got {value!r}")
+
+
+def chunk_rows_of(
+    name: str,
+    chunk_rows: int | None,
+    chunk_bytes: int | None,
+    rows: int,
+    columns: int,
+    models: int,
+) -> int | None:
+    """Rows at a time from either form; ``None``: the op plans them."""
+    if chunk_bytes is None:
+        return chunk_rows
+    if chunk_rows is not None:
+        raise ValueError(f"{name}: chunk_rows must not be given together with chunk_bytes")
+    positive(name, "chunk_bytes", chunk_bytes)
+    return plan_chunk_rows(rows, columns, models, int(chunk_bytes))
 
 
 def _is_int(value: object) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
-from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
+from kdkernels.api._spec import REDUCTIONS, choice, chunk_rows_of, kd_spec, number, positive
 from kdkernels.api.hidden import MatchParts, hidden_match_loss, hidden_match_many
 from kdkernels.api.topk import TopK, linear_topk_kd_loss, topk_kd_loss, topk_logprobs
 from kdkernels.ops import linear_kd_loss as linear_op
@@ -324,13 +324,8 @@ def linear_kd_loss(
         columns,
         name,
     )
-    if chunk_bytes is not None:
-        if chunk_rows is not None:
-            raise ValueError(f"{name}: chunk_rows must not be given together with chunk_bytes")
-        positive(name, "chunk_bytes", chunk_bytes)
-        rows = math.prod(student_hidden.shape[:-1])
-        models = 2 if spec.needs_teacher else 1
-        chunk_rows = linear_op.plan_chunk_rows(rows, columns, models, int(chunk_bytes))
+    rows, models = math.prod(student_hidden.shape[:-1]), 2 if spec.needs_teacher else 1
+    chunk_rows = chunk_rows_of(name, chunk_rows, chunk_bytes, rows, columns, models)
     heads = linear_op.Heads(student_weight, student_bias, teacher_weight, teacher_bias)
     return reduce_rows(
         student_hidden,

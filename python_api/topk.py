@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import reduce_rows
-from kdkernels.api._spec import kd_spec, positive
-from kdkernels.ops import linear_kd_loss as linear_op
+from kdkernels.api._spec import chunk_rows_of, kd_spec, positive
 from kdkernels.ops import linear_topk_kd_loss as linear_topk_op
 from kdkernels.ops import topk_kd_loss as op
 from kdkernels.ops import topk_logprobs as logprobs_op
@@ -287,12 +286,8 @@ def linear_topk_kd_loss(
         name,
         tail,
     )
-    if chunk_bytes is not None:
-        if chunk_rows is not None:
-            raise ValueError(f"{name}: chunk_rows must not be given together with chunk_bytes")
-        positive(name, "chunk_bytes", chunk_bytes)
-        rows = math.prod(student_hidden.shape[:-1])
-        chunk_rows = linear_op.plan_chunk_rows(rows, columns, 1, int(chunk_bytes))
+    rows = math.prod(student_hidden.shape[:-1])
+    chunk_rows = chunk_rows_of(name, chunk_rows, chunk_bytes, rows, columns, models=1)
     options: dict[str, Any] = {"head": (student_weight, student_bias), "chunk_rows": chunk_rows}
     return reduce_rows(
         student_hidden,
@@ -447,7 +442,10 @@ def topk_logprobs(
                 raise ValueError(f"{_LOGPROBS}: {name} must not be given without weight")
         ids, logprobs, tail = logprobs_op.topk_logprobs(rows, k, spec, backend=backend)
     else:
-        chunk_rows = _chunk_rows(rows, weight, vocab_size, chunk_rows, chunk_bytes)
+        if chunk_rows is not None:
+            _integer("chunk_rows", chunk_rows)
+        columns = weight.shape[0] if vocab_size is None else vocab_size
+        chunk_rows = chunk_rows_of(_LOGPROBS, chunk_rows, chunk_bytes, rows.shape[0], columns, 1)
         ids, logprobs, tail = logprobs_op.linear_topk_logprobs(
             rows, weight, bias, k, spec, chunk_rows=chunk_rows, backend=backend
         )
@@ -476,21 +474,3 @@ def _logprobs_spec(
         softcap=float(softcap or 0.0),
         classes=-1 if vocab_size is None else vocab_size,
     )
-
-
-def _chunk_rows(
-    rows: Tensor,
-    weight: Tensor,
-    vocab_size: int | None,
-    chunk_rows: int | None,
-    chunk_bytes: int | None,
-) -> int | None:
-    if chunk_rows is not None:
-        _integer("chunk_rows", chunk_rows)
-    if chunk_bytes is None:
-        return chunk_rows
-    if chunk_rows is not None:
-        raise ValueError(f"{_LOGPROBS}: chunk_rows must not be given together with chunk_bytes")
-    positive(_LOGPROBS, "chunk_bytes", chunk_bytes)
-    columns = weight.shape[0] if vocab_size is None else vocab_size
-    return linear_op.plan_chunk_rows(rows.shape[0], columns, models=1, budget=int(chunk_bytes))

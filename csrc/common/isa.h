@@ -11,4 +11,14 @@ Isa current_isa();
 
 const char* isa_name(Isa isa);
 
+// The address of a function that for_each_isa.h has compiled, for the set in use.
+#if defined(__x86_64__)
+#define KD_BEST_ISA(function)                                    \
+  (::kd::current_isa() == ::kd::Isa::kAvx512 ? &avx512::function \
+   : ::kd::current_isa() == ::kd::Isa::kAvx2 ? &avx2::function   \
+                                             : &baseline::function)
+#else
+#define KD_BEST_ISA(function) (&baseline::function)
+#endif
+
 }  // namespace kd

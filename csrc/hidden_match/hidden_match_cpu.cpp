@@ -40,14 +40,6 @@ using MaybeTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<double>;
 
-MatchRows match_function(MatchKind kind, ScalarType student, ScalarType teacher) {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::kAvx512) return avx512::match_function(kind, student, teacher);
-  if (current_isa() == Isa::kAvx2) return avx2::match_function(kind, student, teacher);
-#endif
-  return baseline::match_function(kind, student, teacher);
-}
-
 template <typename T>
 const T* data_or_null(const MaybeTensor& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
@@ -101,8 +93,8 @@ void run_pieces(const MatchInputs& in, const MatchCall& call,
       pieces.push_back({&layer, begin, std::min(begin + step, in.rows())});
     }
   }
-  const MatchRows function =
-      match_function(call.kind, in.students[0].scalar_type(), in.teachers[0].scalar_type());
+  const MatchRows function = KD_BEST_ISA(match_function)(call.kind, in.students[0].scalar_type(),
+                                                         in.teachers[0].scalar_type());
   const int64_t count = pieces.size();
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

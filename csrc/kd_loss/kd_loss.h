@@ -90,4 +90,7 @@ inline KdLossSpec make_spec(const std::vector<double>& numbers, int64_t columns)
           static_cast<Tail>(static_cast<int>(numbers[15]))};
 }
 
+// Where an operator's gradient goes.
+enum class Gradient { kNone, kNew, kInPlace };
+
 }  // namespace kd

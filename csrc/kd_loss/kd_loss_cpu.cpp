@@ -25,14 +25,6 @@ namespace {
 
 constexpr const char* kOp = "kd_loss";
 
-Rows rows_function() {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::kAvx512) return &avx512::kd_loss_rows;
-  if (current_isa() == Isa::kAvx2) return &avx2::kd_loss_rows;
-#endif
-  return &baseline::kd_loss_rows;
-}
-
 void rows_f64(const KdLossCall& call, ScalarType teacher_dtype, const double* row_weights,
               int64_t begin, int64_t end, RowTerms* terms) {
   RowF64 job(call);
@@ -64,7 +56,7 @@ void rows_f64(const KdLossCall& call, ScalarType teacher_dtype, const double* ro
 std::tuple<Tensor, Tensor> run(const Tensor& student,       // [rows, columns]
                                const MaybeTensor& teacher,  // the same rows
                                const RowInputs& in, const std::vector<double>& numbers,
-                               const Tensor* grad, Tensor* row_losses = nullptr) {
+                               const Tensor* grad, Tensor* row_losses) {
   KdLossCall call{};
   const int64_t valid = open_call(kOp, student, in, numbers, call);
   const KdLossSpec& spec = call.spec;
@@ -95,38 +87,18 @@ std::tuple<Tensor, Tensor> run(const Tensor& student,       // [rows, columns]
     });
     return close_call<double>(call, terms, in.row_weights, valid, row_losses);
   }
-  static const Rows function = rows_function();
+  static const Rows function = KD_BEST_ISA(kd_loss_rows);
   run_rows(call, in.row_weights, function, terms);
   return close_call<float>(call, terms, in.row_weights, valid, row_losses);
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student, const MaybeTensor& teacher,
-                                           const MaybeTensor& labels,
-                                           const MaybeTensor& row_weights,
-                                           const MaybeTensor& denominator,
-                                           const std::vector<double>& spec) {
-  Tensor rows;
-  auto [loss, parts] =
-      run(student, teacher, {labels, row_weights, denominator}, spec, nullptr, &rows);
-  return {loss, parts, rows};
-}
-
-std::tuple<Tensor, Tensor, Tensor> kd_loss_grad(const Tensor& student, const MaybeTensor& teacher,
-                                                const MaybeTensor& labels,
-                                                const MaybeTensor& row_weights,
-                                                const MaybeTensor& denominator,
-                                                const std::vector<double>& spec) {
-  check_rows(student, kOp, "student");
-  Tensor grad = pooled_empty(student.size(0), student.size(1), student);
-  auto [loss, parts] = run(student, teacher, {labels, row_weights, denominator}, spec, &grad);
-  return {loss, parts, grad};
-}
-
-std::tuple<Tensor, Tensor> kd_loss_grad_(Tensor student, const MaybeTensor& teacher,
-                                         const MaybeTensor& labels, const MaybeTensor& row_weights,
-                                         const MaybeTensor& denominator,
-                                         const std::vector<double>& spec) {
-  return run(student, teacher, {labels, row_weights, denominator}, spec, &student);
+template <Gradient kGradient>
+auto kd_loss(Tensor student, const MaybeTensor& teacher, const MaybeTensor& labels,
+             const MaybeTensor& row_weights, const MaybeTensor& denominator,
+             const std::vector<double>& spec) {
+  return run_operator<kGradient>(kOp, student, [&](const Tensor* grad, Tensor* rows) {
+    return run(student, teacher, {labels, row_weights, denominator}, spec, grad, rows);
+  });
 }
 
 }  // namespace
@@ -134,7 +106,7 @@ std::tuple<Tensor, Tensor> kd_loss_grad_(Tensor student, const MaybeTensor& teac
 }  // namespace kd
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
-  m.impl("kd_loss", TORCH_BOX(&kd::kd_loss));
-  m.impl("kd_loss_grad", TORCH_BOX(&kd::kd_loss_grad));
-  m.impl("kd_loss_grad_", TORCH_BOX(&kd::kd_loss_grad_));
+  m.impl("kd_loss", TORCH_BOX(&kd::kd_loss<kd::Gradient::kNone>));
+  m.impl("kd_loss_grad", TORCH_BOX(&kd::kd_loss<kd::Gradient::kNew>));
+  m.impl("kd_loss_grad_", TORCH_BOX(&kd::kd_loss<kd::Gradient::kInPlace>));
 }

@@ -194,4 +194,22 @@ std::tuple<Tensor, Tensor> close_call(const KdLossCall& call, const std::vector<
   return {loss, parts};
 }
 
+// The three operators of a loss, by where the gradient goes: run(gradient, row losses) fills those
+// that are there and returns loss and parts.
+template <Gradient kGradient, typename Run>
+auto run_operator(const char* op, const Tensor& student, const Run& run) {
+  if constexpr (kGradient == Gradient::kNew) {
+    check_rows(student, op, "student");
+    Tensor grad = pooled_empty(student.size(0), student.size(1), student);
+    auto [loss, parts] = run(&grad, nullptr);
+    return std::make_tuple(loss, parts, grad);
+  } else if constexpr (kGradient == Gradient::kInPlace) {
+    return run(&student, nullptr);
+  } else {
+    Tensor rows;
+    auto [loss, parts] = run(nullptr, &rows);
+    return std::make_tuple(loss, parts, rows);
+  }
+}
+
 }  // namespace kd

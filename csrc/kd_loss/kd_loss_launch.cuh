@@ -199,8 +199,6 @@ std::tuple<Tensor, Tensor, Tensor> run_on_gpu(const Inputs& in, Tensor* grad,
   return {loss, parts, row_losses};
 }
 
-enum class Gradient { kNone, kNew, kInPlace };
-
 // The three operators of a loss, by where the gradient goes.
 template <Gradient kGradient, typename Dispatch>
 auto run_operator(Inputs in, const Dispatch& dispatch) {

@@ -38,16 +38,6 @@ void scale_rows(const Tensor& grad, int64_t element_bytes, const Scale& scale) {
   });
 }
 
-using Scale = void (*)(char*, int64_t, float);
-
-Scale scale_function(ScalarType dtype) {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::kAvx512) return avx512::scale_function(dtype);
-  if (current_isa() == Isa::kAvx2) return avx2::scale_function(dtype);
-#endif
-  return baseline::scale_function(dtype);
-}
-
 void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
                  const Tensor& scale) {  // [] float32 or float64
   check_rows(grad, kOp, "grad");
@@ -65,7 +55,7 @@ void scale_grad_(Tensor grad,            // [rows, columns], unit column stride
       for (int64_t i = 0; i < count; ++i) g[i] *= factor;
     });
   }
-  const Scale scale_row = scale_function(grad.scalar_type());
+  const auto scale_row = KD_BEST_ISA(scale_function)(grad.scalar_type());
   scale_rows(grad, grad.scalar_type() == ScalarType::Float ? 4 : 2,
              [&](char* row, int64_t count) { scale_row(row, count, static_cast<float>(factor)); });
 }

@@ -23,14 +23,6 @@ namespace {
 
 constexpr const char* kOp = "topk_kd_loss";
 
-Rows rows_function() {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::kAvx512) return &avx512::topk_kd_loss_rows;
-  if (current_isa() == Isa::kAvx2) return &avx2::topk_kd_loss_rows;
-#endif
-  return &baseline::topk_kd_loss_rows;
-}
-
 struct Listed {
   const Tensor& ids;       // [rows, k] int64
   const Tensor& logprobs;  // [rows, k] float32
@@ -61,7 +53,7 @@ void open_list(const Listed& list, int64_t rows, KdLossCall& call) {
 
 std::tuple<Tensor, Tensor> run(const Tensor& student, const Listed& list, const RowInputs& in,
                                const std::vector<double>& numbers, const Tensor* grad,
-                               Tensor* row_losses = nullptr) {
+                               Tensor* row_losses) {
   STD_TORCH_CHECK(student.scalar_type() != ScalarType::Double, kOp,
                   ": student must be float32, bfloat16 or float16, got float64");
   KdLossCall call{};
@@ -69,44 +61,19 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Listed& list, const 
   open_list(list, student.size(0), call);
   if (grad != nullptr) open_gradient(student, *grad, call);
   std::vector<RowTerms> terms(student.size(0));
-  static const Rows function = rows_function();
+  static const Rows function = KD_BEST_ISA(topk_kd_loss_rows);
   run_rows(call, in.row_weights, function, terms);
   return close_call<float>(call, terms, in.row_weights, valid, row_losses);
 }
 
-std::tuple<Tensor, Tensor, Tensor> topk_kd_loss(const Tensor& student, const Tensor& topk_ids,
-                                                const Tensor& topk_logprobs,
-                                                const MaybeTensor& labels,
-                                                const MaybeTensor& row_weights,
-                                                const MaybeTensor& denominator,
-                                                const std::vector<double>& spec) {
-  Tensor rows;
-  auto [loss, parts] = run(student, {topk_ids, topk_logprobs}, {labels, row_weights, denominator},
-                           spec, nullptr, &rows);
-  return {loss, parts, rows};
-}
-
-std::tuple<Tensor, Tensor, Tensor> topk_kd_loss_grad(const Tensor& student, const Tensor& topk_ids,
-                                                     const Tensor& topk_logprobs,
-                                                     const MaybeTensor& labels,
-                                                     const MaybeTensor& row_weights,
-                                                     const MaybeTensor& denominator,
-                                                     const std::vector<double>& spec) {
-  check_rows(student, kOp, "student");
-  Tensor grad = pooled_empty(student.size(0), student.size(1), student);
-  auto [loss, parts] =
-      run(student, {topk_ids, topk_logprobs}, {labels, row_weights, denominator}, spec, &grad);
-  return {loss, parts, grad};
-}
-
-std::tuple<Tensor, Tensor> topk_kd_loss_grad_(Tensor student, const Tensor& topk_ids,
-                                              const Tensor& topk_logprobs,
-                                              const MaybeTensor& labels,
-                                              const MaybeTensor& row_weights,
-                                              const MaybeTensor& denominator,
-                                              const std::vector<double>& spec) {
-  return run(student, {topk_ids, topk_logprobs}, {labels, row_weights, denominator}, spec,
-             &student);
+template <Gradient kGradient>
+auto topk_kd_loss(Tensor student, const Tensor& topk_ids, const Tensor& topk_logprobs,
+                  const MaybeTensor& labels, const MaybeTensor& row_weights,
+                  const MaybeTensor& denominator, const std::vector<double>& spec) {
+  return run_operator<kGradient>(kOp, student, [&](const Tensor* grad, Tensor* rows) {
+    return run(student, {topk_ids, topk_logprobs}, {labels, row_weights, denominator}, spec, grad,
+               rows);
+  });
 }
 
 }  // namespace
@@ -114,7 +81,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss_grad_(Tensor student, const Tensor& topk
 }  // namespace kd
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
-  m.impl("topk_kd_loss", TORCH_BOX(&kd::topk_kd_loss));
-  m.impl("topk_kd_loss_grad", TORCH_BOX(&kd::topk_kd_loss_grad));
-  m.impl("topk_kd_loss_grad_", TORCH_BOX(&kd::topk_kd_loss_grad_));
+  m.impl("topk_kd_loss", TORCH_BOX(&kd::topk_kd_loss<kd::Gradient::kNone>));
+  m.impl("topk_kd_loss_grad", TORCH_BOX(&kd::topk_kd_loss<kd::Gradient::kNew>));
+  m.impl("topk_kd_loss_grad_", TORCH_BOX(&kd::topk_kd_loss<kd::Gradient::kInPlace>));
 }

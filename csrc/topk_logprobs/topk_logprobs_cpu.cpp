@@ -33,14 +33,6 @@ constexpr int64_t kGrain = 16384;  // work worth a thread, in logits
 
 using Rows = void (*)(const TopkCall&, int64_t, int64_t, TopkScratch&);
 
-Rows rows_function() {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::kAvx512) return &avx512::topk_rows;
-  if (current_isa() == Isa::kAvx2) return &avx2::topk_rows;
-#endif
-  return &baseline::topk_rows;
-}
-
 std::tuple<Tensor, Tensor, Tensor> topk_logprobs(const Tensor& x,  // [rows, columns]
                                                  int64_t k, const std::vector<double>& numbers) {
   check_rows(x, kOp, "x");
@@ -68,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs(const Tensor& x,  // [rows, col
                       static_cast<int64_t*>(ids.mutable_data_ptr()),
                       static_cast<float*>(logprobs.mutable_data_ptr()),
                       static_cast<float*>(tail.mutable_data_ptr())};
-  static const Rows function = rows_function();
+  static const Rows function = KD_BEST_ISA(topk_rows);
   const int64_t grain = std::max<int64_t>(1, kGrain / spec.classes);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     TopkScratch scratch(k, spec.classes);
