@@ -27,6 +27,7 @@ constexpr int kWarps = kMatchThreads / kWarpSize;
 constexpr int kWarpLog2 = 5;
 static_assert(1 << kWarpLog2 == kWarpSize);
 constexpr int kTotalThreads = 512;
+constexpr float kLargest = 3.402823466e38f;
 constexpr size_t kParameterBytes = 4096;  // of a kernel, before sm_90 and its drivers
 
 // A layer of a launch. Strides in elements.
@@ -138,9 +139,13 @@ __device__ __forceinline__ float element_row(const MatchCall& call, Walk& walk, 
 }
 
 // cosine and pkd, from x = s - r t with r = |s| / |t|: the distance of the unit vectors is
-// d = sum(x^2) / |s|^2, and d(1 - cos)/ds = (x - d/2 s) / |s|^2. That is exactly 0 where the rows
-// agree, rounds an element once, and takes fewer instructions than two unit vectors: in bfloat16
-// they are the second limit behind the memory.
+// d = sum(x^2) / |s|^2, and d(1 - cos)/ds is what x has across s, over |s|^2. That is exactly 0
+// where the rows agree, rounds an element once, and takes fewer instructions than two unit vectors:
+// in bfloat16 they are the second limit behind the memory.
+//
+// r is off by a rounding e, which near agreement is no smaller than x. What x has along s is
+// d/2 - e, so it is measured: the gradient then keeps e as a factor only, and d is rid of e^2.
+//
 // `blank`: there is no direction, and no gradient was stored.
 template <bool kGrad, typename Walk>
 __device__ __forceinline__ float direction_row(const MatchCall& call, Walk& walk, int width,
@@ -160,28 +165,32 @@ __device__ __forceinline__ float direction_row(const MatchCall& call, Walk& walk
   const float norm = sqrtf(squares[0]);
   const float inverse = 1.0f / norm, ratio = norm / sqrtf(squares[1]);
 
-  float parts[2] = {};
+  float sums[2] = {};  // x^2, x s
   walk.pass([&](int, const float (&s)[kSize], const float (&t)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float x = fmaf(-ratio, t[i], s[i]);
-      parts[i % 2] = fmaf(x, x, parts[i % 2]);
+      sums[0] = fmaf(x, x, sums[0]);
+      sums[1] = fmaf(x, s[i], sums[1]);
     }
   });
-  float sum[1] = {parts[0] + parts[1]};
-  reduce_rows(sum, warps_a_row, space + 2 * kWarps);
+  reduce_rows(sums, warps_a_row, space + 2 * kWarps);
   if (*blank) return 0.0f;
 
-  const float distance = sum[0] * inverse * inverse;
+  const float square = sums[0] * inverse * inverse, along = sums[1] * inverse * inverse;
+  const float e = 0.5f * square - along;
+  float distance = square - e * e;
+  if (distance < 0.0f) distance = 0.0f;  // not by fmaxf, which would hide a NaN
   const float factor = call.per_width ? 1.0f / static_cast<float>(width) : 0.5f;
   if constexpr (kGrad) {
-    const float along = -0.5f * distance;
-    const float outer = 2.0f * factor * scale * inverse * inverse;
+    float outer = 2.0f * factor * scale * inverse * inverse;
+    // Of rows around 1e-20, whose gradients are still finite.
+    if (fabsf(outer) > kLargest) outer = copysignf(kLargest, outer);
     walk.pass([&](int vector, const float (&s)[kSize], const float (&t)[kSize]) {
       float g[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        g[i] = fmaf(along, s[i], fmaf(-ratio, t[i], s[i])) * outer;
+        g[i] = fmaf(-along, s[i], fmaf(-ratio, t[i], s[i])) * outer;
       }
       walk.store(vector, g);
     });
@@ -408,7 +417,7 @@ LayerCall layer_call(const MatchInputs& in, int l, scalar_t* grad, const MatchLa
 template <typename scalar_t, bool kGrad>
 void launch_rows(const LaunchScope& scope, const MatchInputs& in, int64_t blocks,
                  const MatchCall& call) {
-  constexpr size_t kShared = 3 * kWarps * sizeof(float);
+  constexpr size_t kShared = 4 * kWarps * sizeof(float);
   const LaunchShape shape{blocks, kMatchThreads, 1, kShared};
   const auto launch = [&]<MatchKind kKind>() {
     launch_kernel(kOp, scope, shape, &match_rows<scalar_t, kKind, kGrad>, call);
