@@ -1,13 +1,12 @@
-// Logits on the GPU: rows of them, read 16 bytes at a time, and how they become exponents of 2.
+// Logits on the GPU: how they become exponents of 2.
 #pragma once
 
-#include "common/vector.cuh"
+#include "common/rows.cuh"
 
 namespace kd {
 
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr double kLog2E = 1.44269504088896340736;
-constexpr float kMinusInf = -__builtin_huge_valf();
 constexpr float kNan = __builtin_nanf("");
 // Below any logit that matters, but finite: differences of maxima are never NaN.
 constexpr float kLowest = -1e30f;
@@ -64,41 +63,6 @@ __device__ __forceinline__ void to_z(const LogitRule& rule, float (&x)[kSize]) {
 
 __device__ __forceinline__ float exponent(const LogitRule& rule, float z, float max) {
   return __fmul_rn(z - max, rule.per_logit);
-}
-
-// ---- memory ------------------------------------------------------------------------------------
-
-template <typename T>
-struct Matrix {
-  T* data;  // null: none
-  int64_t stride;
-};
-
-// A row of a matrix, and whether its vectors lie on 16-byte boundaries like those that are walked.
-template <typename T>
-struct RowView {
-  T* data;
-  bool aligned;
-
-  __device__ __forceinline__ RowView(const Matrix<T>& matrix, int64_t row, int shift)
-      : data(matrix.data + row * matrix.stride), aligned(misalignment(data) == shift) {}
-};
-
-// The classes [first, first + kVectorSize) of a row, -inf outside of [0, classes).
-template <typename scalar_t>
-__device__ __forceinline__ uint4 load_vector(const RowView<const scalar_t>& row, int first,
-                                             int classes) {
-  constexpr int kSize = kVectorSize<scalar_t>;
-  if (row.aligned && first >= 0 && first + kSize <= classes) {
-    return *reinterpret_cast<const uint4*>(row.data + first);
-  }
-  float x[kSize];
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int k = first + i;
-    x[i] = 0 <= k && k < classes ? static_cast<float>(row.data[k]) : kMinusInf;
-  }
-  return pack<scalar_t>(x);
 }
 
 }  // namespace kd

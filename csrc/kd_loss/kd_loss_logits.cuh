@@ -12,21 +12,6 @@
 
 namespace kd {
 
-template <typename scalar_t>
-__device__ __forceinline__ void store_vector(const RowView<scalar_t>& row, int first, int classes,
-                                             const float (&x)[kVectorSize<scalar_t>]) {
-  constexpr int kSize = kVectorSize<scalar_t>;
-  if (row.aligned && first >= 0 && first + kSize <= classes) {
-    store_16(row.data + first, pack<scalar_t>(x));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int k = first + i;
-    if (0 <= k && k < classes) row.data[k] = static_cast<scalar_t>(x[i]);
-  }
-}
-
 // The vectors of a row that one thread walks: first, first + threads, ... below end.
 struct Walk {
   int first, end, shift, classes;
