@@ -442,7 +442,7 @@ void launch_layers(const LaunchScope& scope, const MatchInputs& in, const Tensor
   for (const Span& span : spans) {
     for (int l = span.begin; l < span.end; ++l) {
       call.layers[l - span.begin] = layer_call<scalar_t>(in, l, next, plans[l]);
-      if (grad != nullptr) next += match_grad_elements(in.rows(), in.students[l].size(1));
+      if (grad != nullptr) next += in.rows() * in.students[l].size(1);
     }
     call.layer_count = span.end - span.begin;
     const int blocks = plans[span.begin].blocks;
