@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkernels import _backend, _checks
 from kdkernels.ops import hidden_match as match
 from kdkernels.ops._shared import linear_loss
-from kdkernels.ops._shared.chunks import Call, Head
+from kdkernels.ops._shared.chunks import Call, Head, listed_teacher
 from kdkernels.ops.hidden_match.op import hidden_match_forward, hidden_match_grad
 from kdkernels.ops.hidden_match.spec import Spec
 from kdkernels.ops.linear_hidden_match.reference import linear_hidden_match_reference
@@ -137,18 +137,19 @@ def _call(
 def attach(backend: str) -> None:
     """Makes a backend of ``hidden_match`` one of this op."""
 
-    def on_rows(projected: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = (*others[:-1], _ONE, others[-1])
+    def arguments(projected: Tensor, teacher: Tensor, *others: Any) -> tuple[Any, ...]:
+        if backend != "triton" and not (backend == "native" and teacher.device.type == "cpu"):
+            teacher = teacher.to(projected.dtype)  # the CUDA kernel takes one dtype
+        return [projected], [teacher], *others[:-1], _ONE, others[-1]
+
+    def on_rows(projected: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor]
-        result = hidden_match_forward(backend, [projected], [teacher], *arguments)
+        result = hidden_match_forward(backend, *arguments(projected, *others))
         return result
 
-    def on_rows_grad(
-        projected: Tensor, teacher: Tensor, *others: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = (*others[:-1], _ONE, others[-1])
-        loss, parts, grad = hidden_match_grad(backend, [projected], [teacher], *arguments)
-        return loss, parts, grad[: projected.numel()].view(projected.shape)
+    def on_rows_grad(projected: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, parts, grad = hidden_match_grad(backend, *arguments(projected, *others))
+        return loss, parts, grad.view(projected.shape)
 
     primitives = linear_hidden_match_forward, linear_hidden_match_grad
     linear_loss.attach(backend, primitives, on_rows, on_rows_grad, _call)
