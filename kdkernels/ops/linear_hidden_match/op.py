@@ -123,14 +123,8 @@ def _call(
     numbers: Any,
     chunk_rows: int,
 ) -> Call:
-    head = Head(weight, bias, weight.shape[0])
-
-    def of_teacher(rows: Any, chunk: slice) -> tuple[Tensor]:
-        states = rows.of(teacher, chunk)
-        return (states.to(head.dtype) if states.is_cuda else states,)
-
-    spec = Spec.of(numbers)
-    per_row = (mask, row_weights)
+    head, of_teacher = Head(weight, bias, weight.shape[0]), listed_teacher(teacher)
+    per_row, spec = (mask, row_weights), Spec.of(numbers)
     return Call(student, head, of_teacher, mask, per_row, denominator, spec, chunk_rows, parts=2)
 
 
