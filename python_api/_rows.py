@@ -76,7 +76,7 @@ def reduce_rows(
         return rows.view(leading)
     denominator = None
     if num_items_in_batch is not None:
-        denominator = _denominator(name, student, num_items_in_batch)
+        denominator = denominator_of(name, student, num_items_in_batch)
     elif reduction == "batchmean":
         denominator = torch.full((), leading[0] if leading else 1, device=student.device).float()
     loss, parts = reduced(
@@ -167,7 +167,8 @@ def _same_leading(name: str, student: Tensor, teacher: Tensor | None) -> None:
         )
 
 
-def _denominator(name: str, student: Tensor, count: int | Tensor) -> Tensor:
+def denominator_of(name: str, student: Tensor, count: int | Tensor) -> Tensor:
+    """``num_items_in_batch`` as the ops take it."""
     # A tensor, also for a number: a number that changes each step would recompile each step.
     if isinstance(count, Tensor):
         if count.numel() != 1:

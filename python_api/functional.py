@@ -14,6 +14,7 @@ from kdkernels import _checks
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, kd_spec, number, positive
+from kdkernels.api.relations import attention_match_loss, relation_match_loss
 from kdkernels.api.topk import TopK, linear_topk_kd_loss, topk_kd_loss, topk_logprobs
 from kdkernels.ops import linear_kd_loss as linear_op
 from kdkernels.ops.kd_loss import Divergence, Spec
@@ -21,12 +22,14 @@ from kdkernels.ops.kd_loss import Divergence, Spec
 __all__ = [
     "KDParts",
     "TopK",
+    "attention_match_loss",
     "confidence_penalty_loss",
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "multi_teacher_kd_loss",
+    "relation_match_loss",
     "tfkd_reg_loss",
     "tfkd_self_loss",
     "topk_kd_loss",
