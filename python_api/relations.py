@@ -470,7 +470,7 @@ def _queries_keys(
             )
         _check_tensor(name, which, x, like, dims)
     k = None if pair[1] is q else pair[1]
-    if flat:
+    if heads is not None:
         width = _head_width(name, which, q, heads)
         q = _split(q, heads)
         if k is not None and (k.shape[2] == 0 or k.shape[2] % width):

@@ -259,7 +259,9 @@ class _Kernel:
             weights = share if weights is None else share * weights
         if self.kl and valid is not None:
             valid = torch.where(valid, 0, _IGNORED)
-        return valid, None if weights is None else weights.reshape(-1)
+        # An upstream gradient may be one number, expanded.
+        weights = None if weights is None else weights.reshape(-1).contiguous()
+        return None if valid is None else valid.contiguous(), weights
 
     def forward(
         self, s: Tensor, t: Tensor, rows: _Rows, heads: slice, queries: slice
