@@ -60,12 +60,15 @@ class Call:
         head_map: Sequence[int],
         numbers: Any,
         tile_bytes: int,
+        *,
+        backend: str,
     ) -> None:
         self.spec = Spec.of(numbers)
         self.student, self.teacher = (student_q, student_k), (teacher_q, teacher_k)
         self.batch, self.heads, self.seq, _ = student_q.shape
         self.head_map = list(head_map) or list(range(self.heads))
-        self.on_cpu = student_q.device.type == "cpu"
+        # Other backends run on CPU tensors to show what they do on a GPU.
+        self.packed = student_q.device.type == "cpu" and backend == "native"
         self.mask, self.row_weights = mask, row_weights
         usual = _TILE_BYTES.get(student_q.device.type, _TILE_BYTES_ELSEWHERE)
         self.tile_bytes = tile_bytes or usual
@@ -82,10 +85,12 @@ class Call:
         return self._memory[:elements], self._memory[elements:]
 
     def groups(self) -> Iterator[_Group]:
-        """On the CPU without the tokens that do not count: looking at the mask costs nothing."""
+        """On the CPU without the tokens that do not count: looking at the mask costs no
+        synchronisation there.
+        """
         at_once = max(1, self.tile_bytes // max(8 * self.heads * self.seq * self.seq, 1))
         counts = [self.seq] * self.batch
-        if self.mask is not None and self.on_cpu:
+        if self.mask is not None and self.packed:
             counts = self.mask.sum(1).tolist()
         begin = 0
         while begin < self.batch and self.seq > 0:
@@ -103,7 +108,7 @@ class Call:
         """Queries and keys of student and teacher, ``[heads, tokens, width]`` each."""
         found = []
         clean = None
-        if self.mask is not None and not self.on_cpu:
+        if self.mask is not None and not self.packed:
             clean = ~self.mask[group.examples, None, :, None]
         for (q, k), heads, cleaned in (
             # The student's meet the gradient's zeros in a GEMM: they must be finite.
@@ -129,7 +134,7 @@ class Call:
 
         weights = None if self.row_weights is None else of(self.row_weights)
         causal, mse = self.spec.causal, self.spec.kind == Kind.MSE.value
-        if self.mask is None or self.on_cpu:
+        if self.mask is None or self.packed:
             keys = None
             if causal and mse:
                 tokens = self.seq if group.tokens is None else group.tokens.numel()
@@ -381,9 +386,9 @@ def launchers(backend: str) -> tuple[Launcher, Launcher]:
     """What the two operators run on a backend."""
 
     def forward_only(*args: Any) -> Any:
-        return forward(Call(*args), backend)
+        return forward(Call(*args, backend=backend), backend)
 
     def with_gradients(*args: Any) -> Any:
-        return gradients(Call(*args[:-1]), backend, args[-1])
+        return gradients(Call(*args[:-1], backend=backend), backend, args[-1])
 
     return forward_only, with_gradients
