@@ -98,6 +98,7 @@ def padded(*lengths: int, seq: int = 7) -> Tensor:
     return torch.arange(seq)[None] < torch.tensor(lengths)[:, None]
 
 
+MASKS = ["padded", "holes", "an empty example", "nothing"]
 HOLES = padded(7, 4).logical_and(torch.tensor([1, 0, 1, 1, 1, 0, 1]).bool())
 
 
@@ -112,7 +113,7 @@ def test_matches_reference(backend: Backend, kind: Kind, dtype: torch.dtype, row
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", [padded(7, 4), HOLES, padded(0, 3), padded(0, 0)], ids=str)
+@pytest.mark.parametrize("mask", [padded(7, 4), HOLES, padded(0, 3), padded(0, 0)], ids=MASKS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_masks(backend: Backend, kind: Kind, mask: Tensor, causal: bool) -> None:
     spec = Spec(int(kind), 0.5, 0.5, causal=causal, mean=True)
@@ -157,14 +158,16 @@ def test_heads_and_widths(backend: Backend, kind: Kind) -> None:
 # A head of one example has 8 * 7 * 7 bytes: of one query, of several, of one head, of several
 # examples.
 @pytest.mark.parametrize("tile_bytes", [1, 8 * 7 * 3, 8 * 7 * 7, 8 * 7 * 7 * 3, 8 * 7 * 7 * 4])
-@pytest.mark.parametrize("mask", [None, padded(7, 7, 5)], ids=str)
+@pytest.mark.parametrize("mask", [None, padded(7, 7, 5)], ids=["whole", "padded"])
 def test_tiles(backend: Backend, tile_bytes: int, mask: Tensor | None) -> None:
     for kind in KINDS:
         spec = Spec(int(kind), 0.5, 0.5, mean=True)
         problem = Problem(3, mask=mask)
         problem.row_weights = torch.linspace(0, 1, 21).view(3, 7)
-        problem.check(backend, spec, tile_bytes=tile_bytes)
+        # Rows and the gradient for theirs: tiles of both primitives.
         problem.check(backend, spec, tile_bytes=tile_bytes, rows=True)
+        if not backend.interpreted:
+            problem.check(backend, spec, tile_bytes=tile_bytes)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
@@ -372,14 +375,14 @@ def test_opcheck(backend: Backend, kind: Kind) -> None:
     if backend.name == "reference":
         pytest.skip("the reference is no operator")
     problem = Problem(mask=HOLES)
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16)[: 1 if backend.interpreted else 2]:
         tensors = [
             x.nan_to_num().to(backend.device, dtype) for x in (*problem.student, *problem.teacher)
         ]
         weights = torch.rand(2, 1, 7, device=backend.device)
         spec = [float(x) for x in Spec(int(kind), mean=True)]
         mask = HOLES.to(backend.device)
-        rest = (mask, weights, None, [1, 0], spec, 300)
+        rest = (mask, weights, None, [1, 0], spec, 0 if backend.interpreted else 300)
         forward, grad = (
             p.overload(backend.name) for p in (relation_match_forward, relation_match_grad)
         )
@@ -406,7 +409,7 @@ def test_compile(backend: Backend, reduction: str, dynamic: bool) -> None:
         return relation, attention
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for batch, seq in ((2, 5), (3, 6)):
+    for batch, seq in ((1, 2), (2, 3)) if backend.interpreted else ((2, 5), (3, 6)):
         x = torch.randn(batch, seq, 8, device=backend.device)
         t = torch.randn(batch, seq, 8, device=backend.device)
         mask = torch.rand(batch, seq, device=backend.device) < 0.7
@@ -444,7 +447,7 @@ def minilm(student: Tensor, teacher: Tensor, heads: int, mask: Tensor, causal: b
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", [torch.ones(2, 7).bool(), HOLES], ids=str)
+@pytest.mark.parametrize("mask", [torch.ones(2, 7).bool(), HOLES], ids=["whole", "holes"])
 def test_minilmv2(backend: Backend, mask: Tensor, causal: bool) -> None:
     x, t = torch.randn(2, 7, 12), torch.randn(2, 7, 20)
 
@@ -509,7 +512,7 @@ def test_tinybert(backend: Backend, maps: bool) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", [None, HOLES, padded(0, 5)], ids=str)
+@pytest.mark.parametrize("mask", [None, HOLES, padded(0, 5)], ids=["whole", *MASKS[1:3]])
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_maps_are_compared_like_queries_and_keys(
     backend: Backend, kind: str, mask: Tensor | None, causal: bool, reduction: str
@@ -685,7 +688,7 @@ def test_memory_is_that_of_a_tile() -> None:
         pytest.skip("the native library was not built")
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Tiles of 4 MB and gradients of 4; the scores of one model in full would be 268.
+    # Tiles of 8 MB and gradients of 4; the scores of one model in full would be 268.
     assert int(done.stdout) < 32 * 1024
 
 
