@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import attention_match_loss, relation_match_loss
+from kdkernels.api import relations
 from kdkernels.ops.relation_match import Kind, Spec, relation_match, relation_match_rows
 from kdkernels.ops.relation_match.op import relation_match_forward, relation_match_grad
 
@@ -666,6 +668,11 @@ def test_forms_of_queries_and_keys() -> None:
     relation = kdkernels.RelationMatchLoss(num_relation_heads=2)
     x, t = torch.randn(2, 7, 8), torch.randn(2, 7, 6)
     assert torch.equal(relation(x, t), relation_match_loss(x, t, num_relation_heads=2))
+
+
+def test_examples_in_docstrings_run() -> None:
+    found = doctest.testmod(relations)
+    assert found.failed == 0 and found.attempted > 10
 
 
 MEMORY = """
