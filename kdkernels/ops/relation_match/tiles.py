@@ -21,9 +21,9 @@ from kdkernels.ops.kd_loss.spec import Spec as RowSpec
 from kdkernels.ops.relation_match.spec import Kind, Spec
 
 # Bytes of both models' scores in a tile. CPU, 8 x 12 heads, 512 tokens, width 64, in ms: 1 MB 109,
-# 2 MB 101, 4 MB 95, 8 MB 95, 16 MB 105 (2 idle cores, 2 MB of second-level cache). Where other
-# processes use the cores, each parallel loop waits for its slowest thread, and few large tiles are
-# faster: 4 MB 2140, 8 MB 1240, 16 MB 900 (eager: 1556). Other devices: not measured.
+# 2 MB 101, 4 MB 95, 8 MB 95, 16 MB 105 (2 idle cores, 2 MB of second-level cache; eager 475). Where
+# other processes use the cores, each parallel loop waits for its slowest thread, and many small
+# tiles are slow: 2 MB 7246, 4 MB 2819, 8 MB 885, 16 MB 1112 (eager 2064). Not measured on a GPU.
 _TILE_BYTES = {"cpu": 8 << 20}
 _TILE_BYTES_ELSEWHERE = 256 << 20
 # Causal queries of a tile at most: it has the keys up to its last query, so short tiles save work.
