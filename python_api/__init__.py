@@ -12,6 +12,7 @@ from kdkernels.api.functional import (
     KDParts,
     MatchParts,
     TopK,
+    attention_match_loss,
     confidence_penalty_loss,
     hidden_match_loss,
     hidden_match_many,
@@ -20,6 +21,7 @@ from kdkernels.api.functional import (
     linear_kd_loss,
     linear_topk_kd_loss,
     multi_teacher_kd_loss,
+    relation_match_loss,
     tfkd_reg_loss,
     tfkd_self_loss,
     topk_kd_loss,
@@ -27,6 +29,7 @@ from kdkernels.api.functional import (
 )
 from kdkernels.api.layers import LayerMap, Projections
 from kdkernels.api.nn import (
+    AttentionMatchLoss,
     ConfidencePenaltyLoss,
     HiddenMatchLoss,
     HiddenMatchMany,
@@ -34,12 +37,14 @@ from kdkernels.api.nn import (
     LabelSmoothingLoss,
     LinearKDLoss,
     LinearTopKKDLoss,
+    RelationMatchLoss,
     TfKDRegLoss,
     TfKDSelfLoss,
     TopKKDLoss,
 )
 
 __all__ = [
+    "AttentionMatchLoss",
     "Capture",
     "ConfidencePenaltyLoss",
     "HiddenMatchLoss",
@@ -52,12 +57,14 @@ __all__ = [
     "LinearTopKKDLoss",
     "MatchParts",
     "Projections",
+    "RelationMatchLoss",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",
     "TfKDSelfLoss",
     "TopK",
     "TopKKDLoss",
+    "attention_match_loss",
     "available_backends",
     "cache",
     "compat",
@@ -72,6 +79,7 @@ __all__ = [
     "linear_topk_kd_loss",
     "multi_teacher_kd_loss",
     "nn",
+    "relation_match_loss",
     "tfkd_reg_loss",
     "tfkd_self_loss",
     "topk_kd_loss",

@@ -15,6 +15,7 @@ from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, chunk_rows_of, kd_spec, number, positive
 from kdkernels.api.hidden import MatchParts, hidden_match_loss, hidden_match_many
+from kdkernels.api.relations import attention_match_loss, relation_match_loss
 from kdkernels.api.topk import TopK, linear_topk_kd_loss, topk_kd_loss, topk_logprobs
 from kdkernels.ops import linear_kd_loss as linear_op
 from kdkernels.ops.kd_loss import Divergence, Spec
@@ -23,6 +24,7 @@ __all__ = [
     "KDParts",
     "MatchParts",
     "TopK",
+    "attention_match_loss",
     "confidence_penalty_loss",
     "hidden_match_loss",
     "hidden_match_many",
@@ -31,6 +33,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "multi_teacher_kd_loss",
+    "relation_match_loss",
     "tfkd_reg_loss",
     "tfkd_self_loss",
     "topk_kd_loss",

@@ -150,6 +150,41 @@ class HiddenMatchMany(_Loss):
         return self._call(pairs, **kw)
 
 
+class RelationMatchLoss(_Loss):
+    """:func:`kdkernels.relation_match_loss` as a module.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> loss_fn = kdkernels.RelationMatchLoss(num_relation_heads=4)
+        >>> loss_fn(torch.randn(2, 5, 16), torch.randn(2, 5, 24)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(functional.relation_match_loss)
+
+    def forward(self, student: Tensor, teacher: Tensor, **kw: Any) -> Tensor:
+        """Queries, keys, values or hidden states of both models, ``[batch, seq, width]``."""
+        return self._call(student, teacher, **kw)
+
+
+class AttentionMatchLoss(_Loss):
+    """:func:`kdkernels.attention_match_loss` as a module.
+
+    Example:
+        >>> import kdkernels, torch
+        >>> loss_fn = kdkernels.AttentionMatchLoss(kind="kl")
+        >>> q, k, teacher_q, teacher_k = torch.randn(4, 2, 3, 5, 8)
+        >>> loss_fn((q, k), (teacher_q, teacher_k)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(functional.attention_match_loss)
+
+    def forward(self, student: Any, teacher: Any, **kw: Any) -> Tensor:
+        """Of both models a pair of queries and keys, or a map ``[batch, heads, seq, seq]``."""
+        return self._call(student, teacher, **kw)
+
+
 class LabelSmoothingLoss(_Loss):
     """:func:`kdkernels.label_smoothing_loss` as a module."""
 
