@@ -140,21 +140,19 @@ def _fold(
         labels = labels.reshape(-1)
     if row_weights is not None:
         row_weights = row_weights.reshape(-1)
-        _check_weights(name, row_weights, labels, ignore_index)
+        check_weights(name, row_weights, None if labels is None else labels != ignore_index)
     return labels, row_weights
 
 
-def _check_weights(
-    name: str, row_weights: Tensor, labels: Tensor | None, ignore_index: int
-) -> None:
-    """Weights on the CPU can be looked at without a synchronisation; those of rows that are left
-    out may be anything.
+def check_weights(name: str, row_weights: Tensor, counts: Tensor | None) -> None:
+    """Weights on the CPU can be looked at without a synchronisation; those of rows that do not
+    count may be anything.
     """
     if row_weights.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
         return
     bad = ~torch.isfinite(row_weights)
-    if labels is not None and labels.device == row_weights.device:
-        bad = bad & (labels != ignore_index)
+    if counts is not None and counts.device == row_weights.device:
+        bad = bad & counts
     if bad.any():
         raise ValueError(f"{name}: row_weights must be finite, got NaN or inf")
 

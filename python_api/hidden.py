@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import _checks
-from kdkernels._op import transforms_active
-from kdkernels.api._rows import denominator_of
+from kdkernels.api._rows import check_weights, denominator_of
 from kdkernels.api._spec import choice, number
 from kdkernels.ops import hidden_match as op
 from kdkernels.ops import linear_hidden_match as linear_op
@@ -222,7 +221,7 @@ def _match(
     fits = _apply(name, pairs, projections)
     leading = first.shape[:-1]
     mask = _fold_mask(name, mask, first)
-    row_weights = fold_row_weights(name, row_weights, first, leading, mask)
+    row_weights = _fold_row_weights(name, row_weights, leading, mask)
     spec = Spec(int(KINDS[kind]), float(beta), reduction == "mean")
     per_row = reduction == "none"
     if per_row and (return_parts or num_items_in_batch is not None):
@@ -428,12 +427,8 @@ def _fold_mask(name: str, mask: Tensor | None, student: Tensor) -> Tensor | None
     return (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
 
 
-def fold_row_weights(
-    name: str,
-    row_weights: Tensor | None,
-    student: Tensor,
-    leading: torch.Size,
-    mask: Tensor | None,
+def _fold_row_weights(
+    name: str, row_weights: Tensor | None, leading: torch.Size, mask: Tensor | None
 ) -> Tensor | None:
     """Weights of rows, or of what the first dimensions count, as one vector over all rows."""
     if row_weights is None:
@@ -446,13 +441,7 @@ def fold_row_weights(
         )
     row_weights = row_weights.reshape(*row_weights.shape, *[1] * (len(leading) - size))
     flat = row_weights.expand(leading).reshape(-1)
-    looked_at = flat.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and not transforms_active():
-        bad = ~torch.isfinite(flat)
-        if mask is not None and mask.device == flat.device:
-            bad = bad & mask
-        if bad.any():
-            raise ValueError(f"{name}: row_weights must be finite, got NaN or inf")
+    check_weights(name, flat, mask)
     return flat
 
 

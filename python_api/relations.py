@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._op import transforms_active
-from kdkernels.api._rows import denominator_of
+from kdkernels.api._rows import check_weights, denominator_of
 from kdkernels.api._spec import choice, number
 from kdkernels.ops import hidden_match as match_op
 from kdkernels.ops import kd_loss as kd_op
@@ -308,11 +307,7 @@ def _row_weights(
     _checks.no_grad(name, "row_weights", weights)
     if weights.dim() == 1:
         weights = weights[:, None].expand(batch, seq)
-    looked_at = weights.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and not transforms_active():
-        bad = ~torch.isfinite(weights)
-        if (bad if mask is None else bad & mask).any():
-            raise ValueError(f"{name}: row_weights must be finite, got NaN or inf")
+    check_weights(name, weights, mask)
     return weights
 
 

@@ -28,6 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class RelationMatchCase:
     """See :class:`kdkernels.bench.cases.Case`."""
 
+    divergences = default_divergences = ("kl",)
     modes = ("forward", "full")
     rivals = ("eager", "compile", "gemms")
     row_kernels: tuple[str, ...] = ()
