@@ -115,6 +115,15 @@ Throughput = Annotated[
         help="Time the loss at language-model vocabularies [default: yes; with --quick: no].",
     ),
 ]
+RecipeNames = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        rich_help_panel=CLASSIFICATION,
+        help="Distil from hidden states too, beside plain soft labels: tinybert, pkd, minilm, "
+        "distilbert, or several with commas. Fewer texts: 3000 transfer [name: recipes].",
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -202,6 +211,7 @@ def distill(
     device: Device = None,
     threads: Threads = None,
     throughput: Throughput = None,
+    recipe: RecipeNames = None,
     model: Model = None,
     layers: Layers = None,
     seq_len: SeqLen = None,
@@ -218,6 +228,7 @@ def distill(
     students per arm are trained: on labels only, on the teacher's hard labels, by distillation.
     With --objective lm, SmolLM2-135M's first layers are trained on WikiText-2: on the text alone,
     from the live teacher, and from its cached top-k.
+    With --recipe, students learn from the teacher's hidden states as published recipes do.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -240,6 +251,8 @@ def _run(given: dict[str, Any], resume: bool) -> None:
         for key in ("student_layers", "seeds"):
             if key in given:
                 given[key] = _integers(given[key], key.replace("_", "-"))
+        if "recipe" in given:
+            given["recipe"] = tuple(name.strip() for name in given["recipe"].split(","))
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)

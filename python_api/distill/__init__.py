@@ -6,5 +6,6 @@ of work, resuming), ``store`` (files), ``train`` (the training loop), ``tables``
 
 Classification: ``data``, ``sentiment`` and ``own_data`` (tasks), ``text`` and ``models`` (inputs
 and networks), ``pipeline``, ``measure``, ``results``, ``report``, ``plot``. Language models: the
-same with ``lm_`` in front.
+same with ``lm_`` in front. Recipes from hidden states: ``recipes`` (what each learns from),
+``recipes_fused`` and ``recipes_eager`` (the losses), and the same with ``recipe_`` in front.
 """

@@ -14,6 +14,7 @@ from kdkernels.api.distill.errors import DistillError, require
 
 PRECISIONS = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
+RECIPES = ("tinybert", "pkd", "minilm", "distilbert")
 # Where a run lives does not change what it computes, so a resume may name it differently.
 LOCATION_KEYS = frozenset({"name", "out"})
 
@@ -116,6 +117,7 @@ class DistillConfig(RunConfig):
         teacher_lr: Peak learning rate of fine-tuning the teacher.
         max_length: Longest text in tokens; the rest is cut off.
         throughput: Whether to time the loss at language-model vocabulary sizes.
+        recipe: Recipes to compare with plain soft labels; none: the demo's arms.
     """
 
     objective: ClassVar[str] = "classification"
@@ -137,11 +139,17 @@ class DistillConfig(RunConfig):
     teacher_lr: float = 1e-4
     max_length: int = 128
     throughput: bool = True
+    recipe: tuple[str, ...] = ()
 
     @classmethod
     def presets(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The demo's sizes without data of one's own; those of a quick run on request."""
+        """The demo's sizes without data of one's own; those of recipes or a quick run."""
         demo = DEMO_DEFAULTS if given.get("data") is None else {}
+        if given.get("recipe"):
+            for key in NOT_WITH_RECIPE:
+                contract = "be left out with --recipe"
+                require(key not in given, option_name(key), contract, given.get(key))
+            demo = {key: RECIPE_DEMO_DEFAULTS[key] for key in demo} | RECIPE_DEFAULTS
         return demo | (QUICK_DEFAULTS if given.get("quick") else {})
 
     def validate(self) -> None:
@@ -158,9 +166,19 @@ class DistillConfig(RunConfig):
             require(path is None or Path(path).is_dir(), key, "be an existing folder", path)
         found = self.data is None or Path(self.data).is_file()
         require(found, "data", "be an existing file", self.data)
+        known = f"name some of {', '.join(RECIPES)}"
+        for name in self.recipe:
+            require(name in RECIPES, "recipe", known, repr(name))
+        differ = len(set(self.recipe)) == len(self.recipe)
+        require(differ, "recipe", "differ", ",".join(self.recipe))
 
 
 DEMO_DEFAULTS: dict[str, Any] = {"labels": 2000, "transfer": 10000}
+# Every step runs the teacher, and there are three students for each recipe.
+RECIPE_DEMO_DEFAULTS: dict[str, Any] = {"labels": 2000, "transfer": 3000}
+RECIPE_DEFAULTS: dict[str, Any] = {"name": "recipes", "throughput": False}
+# Recipes learn without labels.
+NOT_WITH_RECIPE = ("alpha", "label_epochs", "throughput")
 QUICK_DEFAULTS: dict[str, Any] = {
     "labels": 64,
     "transfer": 128,
@@ -215,7 +233,10 @@ def _check_types(config: RunConfig) -> None:
     hints = get_type_hints(type(config))
     for key in (field.name for field in dataclasses.fields(config)):
         value, hint = getattr(config, key), hints[key]
-        if hint == tuple[int, ...]:
+        if hint == tuple[str, ...]:
+            good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+            require(good, option_name(key), "be names separated by commas", repr(value))
+        elif hint == tuple[int, ...]:
             good = isinstance(value, tuple) and all(type(item) is int for item in value)
             require(good, option_name(key), "be integers separated by commas", repr(value))
         else:

@@ -149,6 +149,50 @@ def _layer_list(model: Any) -> tuple[nn.Module, str]:
     )
 
 
+def layer_paths(model: Any, argument: str) -> list[str]:
+    """Names of the modules whose outputs are the hidden states: the embedding, then each layer.
+
+    Raises:
+        DistillError: The model is built in another way.
+    """
+    depth = model.config.num_hidden_layers
+    embedding = f"{model.base_model_prefix}.embeddings"
+    names = dict(model.named_modules())
+    lists = [
+        name
+        for name, module in names.items()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    good = embedding in names and len(lists) == 1
+    contract = f"have a module {embedding} and one list of {depth} layers to match hidden states"
+    require(good, argument, contract, type(model).__name__)
+    return [embedding, *(f"{lists[0]}.{layer}" for layer in range(depth))]
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """The tokens of the tokenizer in a folder, by text."""
+    from transformers import AutoTokenizer
+
+    vocab: dict[str, int] = AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab()
+    return vocab
+
+
+def empty_classifier(path: Path, argument: str, layers: int | None = None) -> Any:
+    """The model in a folder without weights, to look at; with so many layers if given."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = _read_config(path, argument)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:layers]
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # as in load_classifier
+        raise _not_loadable(path, argument, error) from error
+
+
 def cut_layers(classifier: Classifier, layers: Sequence[int]) -> Classifier:
     """Returns a smaller classifier made of the chosen layers; weights are copied, not shared.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,6 @@ class Pipeline:
         """Does every unit that is not complete, then writes the report."""
         corpus, config = self.corpus, self.config
         self._check_data()
-        self.display.note(
-            f"{corpus.source}: {len(corpus.train)} labelled, {len(self.texts['transfer'])} "
-            f"transfer, {len(corpus.dev)} dev, {len(corpus.test)} test texts"
-        )
         units = [
             Unit(TEACHER, TEACHER, self._teacher),
             Unit("logits", "teacher's logits", self._logits),
@@ -86,12 +83,16 @@ class Pipeline:
         report.show(self.display.console, self.folder.path, found)
 
     def _check_data(self) -> None:
-        """Raises when the texts are not those the run began with."""
+        """Raises when the texts are not those the run began with; says how many there are."""
         corpus = self.corpus
         splits = [corpus.train, corpus.dev, corpus.test]
         content = [[split.texts, split.labels] for split in splits] + [corpus.transfer]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._units.check_data(digest, self.config.data)
+        self.display.note(
+            f"{corpus.source}: {len(corpus.train)} labelled, {len(self.texts['transfer'])} "
+            f"transfer, {len(corpus.dev)} dev, {len(corpus.test)} test texts"
+        )
 
     @property
     def _saved_teacher(self) -> Path:
@@ -131,6 +132,12 @@ class Pipeline:
         """Trains a model, logging to the screen and to the run's log."""
         if not self.config.train_embeddings:
             models.freeze_embeddings(classifier.model)
+        dev = EvalSet(self._ids(classifier, "dev"), torch.tensor(self.corpus.dev.labels))
+        pad, on_event = classifier.tokenizer.pad_token_id, self._listener(unit, bar)
+        return train.fit(classifier.model, sets, dev, recipe, self.runtime, pad, on_event)
+
+    def _listener(self, unit: str, bar: Bar) -> Callable[[dict[str, Any]], None]:
+        """What takes the events of a training: the screen, and the run's log."""
 
         def on_event(event: dict[str, Any]) -> None:
             bar.event(event)
@@ -140,9 +147,7 @@ class Pipeline:
             if "dev_accuracy" in event:
                 self._log_evaluation(unit, event["step"], "dev", event["dev_accuracy"])
 
-        dev = EvalSet(self._ids(classifier, "dev"), torch.tensor(self.corpus.dev.labels))
-        pad = classifier.tokenizer.pad_token_id
-        return train.fit(classifier.model, sets, dev, recipe, self.runtime, pad, on_event)
+        return on_event
 
     def _log_evaluation(self, unit: str, step: int, split: str, accuracy: float) -> None:
         self.folder.log(unit, event="evaluation", step=step, split=split, accuracy=accuracy)
@@ -253,14 +258,18 @@ class Pipeline:
         """Moves the distilled student that did best on dev to ``student/``, drops the others."""
         names = {seed: unit_name("distilled", seed) for seed in self.config.seeds}
         best = max(names, key=lambda seed: self._units.result(names[seed])["dev_accuracy"])
-        source, target = self.folder.state / names[best], self.folder.path / "student"
+        self._keep(names[best], list(names.values()))
+        return {"seed": best}
+
+    def _keep(self, best: str, names: list[str]) -> None:
+        """Moves the student of a unit to ``student/``, drops those of the others."""
+        source, target = self.folder.state / best, self.folder.path / "student"
         # A missing source: a killed process had moved it before it could say so.
         if source.exists():
             shutil.rmtree(target, ignore_errors=True)
             os.rename(source, target)
-        for name in names.values():
+        for name in names:
             shutil.rmtree(self.folder.state / name, ignore_errors=True)
-        return {"seed": best}
 
     def _speed(self, unit: str, bar: Bar) -> dict[str, Any]:
         """Times the loss at the shape of a training step, and the saved models on test texts."""

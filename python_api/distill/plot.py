@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from kdkernels.api.distill.results import TEACHER, Results, Row
+from kdkernels.api.distill.results import TEACHER, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,10 +21,27 @@ COLOURS = {
     "ce": "#E69F00",
     "live": "#009E73",
     "cached": "#56B4E9",
+    # Of recipes.
+    "soft": "#E69F00",
+    "tinybert": "#009E73",
+    "pkd": "#56B4E9",
+    "minilm": "#CC79A7",
+    "distilbert": "#D55E00",
 }
 
 
-def save(path: Path, found: Results) -> None:
+class Compared(Protocol):
+    """Results of any run of classifiers."""
+
+    @property
+    def rows(self) -> Sequence[Scores]:
+        """One for each arm, the teacher's among them."""
+
+    def row(self, arm: str) -> Scores:
+        """The row of an arm."""
+
+
+def save(path: Path, found: Compared) -> None:
     """Draws the picture into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,7 +58,7 @@ def save(path: Path, found: Results) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_curves(axes: Axes, found: Results) -> None:
+def _draw_curves(axes: Axes, found: Compared) -> None:
     """Dev accuracy against training steps: the mean over seeds, and the range as a band."""
     for row in found.rows:
         if row.arm == TEACHER or not row.curves[0]:
@@ -72,14 +90,15 @@ def _draw_curves(axes: Axes, found: Results) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
-def _draw_bars(axes: Axes, found: Results) -> None:
+def _draw_bars(axes: Axes, found: Compared) -> None:
     """Test accuracy of each arm: mean as bar, seeds as dots."""
     for i, row in enumerate(found.rows):
         axes.bar(i, row.mean, width=0.62, color=COLOURS[row.arm], alpha=0.85)
         if row.spread is not None:
             axes.scatter([i] * len(row.accuracies), row.accuracies, s=14, color="black", zorder=3)
         axes.annotate(
-            row.accuracy_text,
+            # Side by side there is room for four.
+            row.accuracy_text.replace(" ±", "\n±") if len(found.rows) > 4 else row.accuracy_text,
             (i, max(row.accuracies)),
             xytext=(0, 6),
             ha="center",
@@ -93,7 +112,7 @@ def _draw_bars(axes: Axes, found: Results) -> None:
     axes.set_title(f"at the end (axis starts at {low:.0f} %)", loc="left", fontsize=10)
 
 
-def _limits(rows: list[Row]) -> tuple[float, float]:
+def _limits(rows: Sequence[Scores]) -> tuple[float, float]:
     """Axis limits that show the differences: the bars are compared with each other, not with 0."""
     values = [value for row in rows for value in row.accuracies]
     margin = max(2.0, (max(values) - min(values)) * 0.6)

@@ -89,7 +89,7 @@ def _generic(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
     return columns, [[_value(row.get(column, "")) for column in columns] for row in rows]
 
 
-def _licences(config: DistillConfig) -> list[str]:
+def licences(config: DistillConfig) -> list[str]:
     """Licences of what the run downloaded."""
     archives = [] if config.teacher else [fetch.TEACHER]
     archives += [] if config.data else [fetch.SENTIMENT]
@@ -127,7 +127,7 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
         f"training texts, {transfer:,} transfer texts, {len(corpus.dev):,} dev texts, "
         f"{len(corpus.test):,} test texts. In this run the dev texts chose which seed's student is "
         f"in `student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
-        "\n".join(f"- {line}" for line in _licences(config)),
+        "\n".join(f"- {line}" for line in licences(config)),
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",
         "## Time",

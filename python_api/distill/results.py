@@ -22,29 +22,19 @@ def unit_name(arm: str, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the main table.
+class Scores:
+    """What every table and picture shows of an arm.
 
     Attributes:
         arm: Key of the arm.
         title: Its name for people.
         accuracies: Test accuracy of each seed, percent.
-        parameters: Parameters of the model.
-        training_rate: Texts per second in training, or None where nothing was trained.
-        inference_rate: Texts per second read, timed in turns with the other model.
-        loss_fused: Microseconds of the loss per step, forward and backward, fused code.
-        loss_eager: The same with eager code.
         curves: Dev curve of each seed: ``(step, accuracy)``.
     """
 
     arm: str
     title: str
     accuracies: list[float]
-    parameters: int
-    training_rate: float | None
-    inference_rate: float
-    loss_fused: float
-    loss_eager: float
     curves: list[list[tuple[int, float]]]
 
     @property
@@ -61,6 +51,25 @@ class Row:
     def accuracy_text(self) -> str:
         """Accuracy as shown in tables."""
         return f"{self.mean:.2f}" + (f" ± {self.spread:.2f}" if self.spread is not None else "")
+
+
+@dataclass(frozen=True)
+class Row(Scores):
+    """One line of the main table.
+
+    Attributes:
+        parameters: Parameters of the model.
+        training_rate: Texts per second in training, or None where nothing was trained.
+        inference_rate: Texts per second read, timed in turns with the other model.
+        loss_fused: Microseconds of the loss per step, forward and backward, fused code.
+        loss_eager: The same with eager code.
+    """
+
+    parameters: int
+    training_rate: float | None
+    inference_rate: float
+    loss_fused: float
+    loss_eager: float
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ def prepare_classification(
     teacher = Path(config.teacher) if config.teacher else fetch.teacher_folder(display.note)
     check_models(config, teacher)
     corpus = match_labels(config, teacher, corpus)
+    if config.recipe:
+        from kdkernels.api.distill.recipe_pipeline import RecipePipeline, check_recipes
+
+        check_recipes(config, teacher)
+        return RecipePipeline(config, folder, runtime, display, corpus, teacher).run
     return Pipeline(config, folder, runtime, display, corpus, teacher).run
 
 
@@ -115,7 +120,8 @@ def open_config(given: Mapping[str, Any], resume: bool) -> RunConfig:
         require(not config.folder.exists(), "name", contract, config.folder)
         return config
     kind = configs.config_class(given.get("objective", DistillConfig.objective))
-    name, out = given.get("name", kind.name), given.get("out", kind.out)
+    name = given.get("name", kind.presets(given).get("name", kind.name))
+    out = given.get("out", kind.out)
     folder = RunFolder(Path(out) / name)
     require(folder.path.is_dir(), "resume", "continue a run that exists", folder.path)
     if not folder.config_file.is_file():

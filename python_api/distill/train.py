@@ -69,7 +69,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of one fit."""
+    """The hyperparameters of one fit; without ``evaluations`` there is no curve."""
 
     epochs: int
     lr: float
@@ -125,7 +125,7 @@ def objective(
     )
 
 
-def _schedule(sets: Sequence[TrainSet], recipe: Recipe) -> list[tuple[TrainSet, list[int]]]:
+def schedule(sets: Sequence[TrainSet], recipe: Recipe) -> list[tuple[TrainSet, list[int]]]:
     """All batches of all epochs; a batch comes from one set, the sets are mixed."""
     generator = torch.Generator().manual_seed(recipe.seed)
     steps: list[tuple[TrainSet, list[int]]] = []
@@ -191,7 +191,7 @@ def fit(
         return accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
 
     loop = Loop(loss_of, evaluate, "dev_accuracy", lambda step: len(step[1]), on_event)
-    return run(model, _schedule(sets, recipe), loop, recipe)
+    return run(model, schedule(sets, recipe), loop, recipe)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> 
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(weights, recipe.lr, len(steps))
-    evaluate_every = max(1, -(-len(steps) // recipe.evaluations))
+    evaluations = recipe.evaluations
+    evaluate_every = max(1, -(-len(steps) // evaluations)) if evaluations else len(steps) + 1
     result = FitResult(steps=len(steps))
     torch.manual_seed(recipe.seed)  # dropout; here, because loading a model draws numbers too
     for number, step in enumerate(steps, start=1):
@@ -245,7 +246,7 @@ def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> 
             event |= {"loss": loss.item(), "lr": lr}
         result.seconds += time.perf_counter() - started
         result.examples += loop.size(step)
-        if number % evaluate_every == 0 or number == len(steps):
+        if number % evaluate_every == 0 or (evaluations and number == len(steps)):
             event[loop.metric] = loop.evaluate()
             result.curve.append((number, event[loop.metric]))
         loop.on_event(event)
