@@ -18,11 +18,19 @@ from torch import Tensor
 import kdkernels
 from kdkernels import attention_match_loss, relation_match_loss
 from kdkernels.api import relations
-from kdkernels.ops.relation_match import Kind, Spec, relation_match, relation_match_rows
+from kdkernels.ops.relation_match import Kind, Spec, relation_match, relation_match_rows, tiles
 from kdkernels.ops.relation_match.op import relation_match_forward, relation_match_grad
 
 NAN = float("nan")
 KINDS = [Kind.KL, Kind.MSE]
+
+
+@pytest.fixture(autouse=True)
+def _packs_short_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other backends cover what is done where packing does not pay."""
+    monkeypatch.setattr(tiles, "_SCORES_SAVED", 0)
+
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -134,6 +142,21 @@ def test_causal(backend: Backend, kind: Kind) -> None:
     spec = Spec(int(kind), 0.5, 0.5, causal=True, mean=True)
     Problem().check(backend, spec, rows=True)
     Problem(keys=None, teacher_keys=None).check(backend, spec, tile_bytes=8 * 7 * 3)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+def test_packing_changes_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = Backend("native", "cpu")
+    if "native" not in kdkernels.available_backends("relation_match"):
+        pytest.skip("the native library was not built")
+    mask = torch.arange(7) < torch.tensor([[3], [7], [0]])
+    spec = Spec(int(kind), 0.5, 0.5, mean=True)
+    problem = Problem(3, mask=mask)
+    packed = problem.check(native, spec, rows=True)
+    monkeypatch.setattr(tiles, "_SCORES_SAVED", 10**9)
+    masked = problem.check(native, spec, rows=True)
+    for a, b in zip(packed, masked, strict=True):
+        assert_within_budget(a, b, b, torch.float32)
 
 
 def test_causal_tiles_end_at_their_last_query() -> None:
