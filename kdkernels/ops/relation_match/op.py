@@ -20,7 +20,7 @@ from kdkernels.ops.relation_match.spec import Spec
 from kdkernels.ops.relation_match.tiles import empty_gradient, launchers
 from kdkernels.ops.scale_grad.op import scale_grad
 
-# Its kernels are those of these ops; it has none of its own.
+# Its kernels are those of these ops; on the CPU they are called from C++, a head a thread.
 COMPOSED_OF = "kd_loss, hidden_match"
 OP = "relation_match"
 # Keys, or None where they are the queries.

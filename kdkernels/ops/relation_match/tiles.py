@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels._op import Primitive
 from kdkernels.ops._shared.chunks import kept
 from kdkernels.ops.hidden_match.op import hidden_match_forward, hidden_match_grad
 from kdkernels.ops.hidden_match.spec import Spec as MatchSpec
@@ -20,11 +21,10 @@ from kdkernels.ops.kd_loss.spec import Divergence
 from kdkernels.ops.kd_loss.spec import Spec as RowSpec
 from kdkernels.ops.relation_match.spec import Kind, Spec
 
-# Bytes of both models' scores in a tile. CPU, 8 x 12 heads, 512 tokens, width 64, in ms: 1 MB 109,
-# 2 MB 101, 4 MB 95, 8 MB 95, 16 MB 105 (2 idle cores, 2 MB of second-level cache; eager 475). Where
-# other processes use the cores, each parallel loop waits for its slowest thread, and many small
-# tiles are slow: 2 MB 7246, 4 MB 2819, 8 MB 885, 16 MB 1112 (eager 2064). Not measured on a GPU.
-_TILE_BYTES = {"cpu": 8 << 20}
+# Bytes of both models' scores in a tile, of each thread. CPU, 8 x 12 heads, 512 tokens, width 64, in
+# ms on shared cores: 0.5 MB 650, 1 MB 633, 2 MB 663, 4 MB 668, 8 MB 699 (the GEMMs alone 695, eager
+# 2284); 2 x 16 heads: 203, 203, 164, 152, 184 (212, 732). Not measured on a GPU.
+_TILE_BYTES = {"cpu": 2 << 20}
 _TILE_BYTES_ELSEWHERE = 256 << 20
 # Causal queries of a tile at most: it has the keys up to its last query, so short tiles save work.
 _CAUSAL_ROWS = 128
@@ -77,7 +77,8 @@ class Call:
         self.head_map = list(head_map) or list(range(self.heads))
         self.mask, self.row_weights = mask, row_weights
         # Other backends run on CPU tensors to show what they do on a GPU.
-        self.packed = student_q.device.type == "cpu" and backend == "native"
+        self.by_heads = student_q.device.type == "cpu" and backend == "native"
+        self.packed = self.by_heads
         if self.packed and mask is not None:
             self.packed = _worth_packing(mask, self.heads)
         usual = _TILE_BYTES.get(student_q.device.type, _TILE_BYTES_ELSEWHERE)
@@ -248,7 +249,7 @@ class _Kernel:
         # The kernel of the KL has factors of its own, the GEMMs scale for the other.
         scales = spec.student_scale, spec.teacher_scale
         self.scales = (1.0, 1.0) if self.kl else scales
-        self._row_spec = RowSpec(
+        self.row_spec = RowSpec(
             Divergence.FORWARD_KL.value,
             kd_weight=1.0,
             student_scale=scales[0],
@@ -293,7 +294,7 @@ class _Kernel:
         valid, weights = self._others(s, rows, heads, queries)
         if self.kl:
             loss, _, found = kd_loss_forward(
-                self._backend, *flat, valid, weights, self._denominator, self._row_spec
+                self._backend, *flat, valid, weights, self._denominator, self.row_spec
             )
         else:
             loss, _, found = hidden_match_forward(
@@ -312,7 +313,7 @@ class _Kernel:
         valid, weights = self._others(s, rows, heads, queries)
         if self.kl:
             loss, _ = kd_loss_grad_(
-                self._backend, *flat, valid, weights, self._denominator, self._row_spec
+                self._backend, *flat, valid, weights, self._denominator, self.row_spec
             )
             return loss, s
         loss, _, found = hidden_match_grad(
@@ -330,12 +331,56 @@ class _Tile(NamedTuple):
     teacher: Tensor
 
 
+# ---- heads, on the CPU ---------------------------------------------------------------------------
+
+# One parallel loop over the heads of a group, each worked on by one thread from its scores to its
+# gradients: loss, and what is added to the gradients or written to the rows. numbers: whether kl,
+# whether causal, scales of both models' products, scale of the gradient's, bytes of a tile.
+_heads_loss = Primitive(
+    "relation_match_heads",
+    "(Tensor q, Tensor k, Tensor teacher_q, Tensor teacher_k, Tensor? labels, Tensor? weights, "
+    "Tensor? keys, Tensor? blocked, Tensor? denominator, Tensor(a!)? grad_q, Tensor(b!)? grad_k, "
+    "Tensor(c!)? rows, float[] numbers, float[] row_spec) -> Tensor",
+    fake=lambda q, *args: q.new_empty((), dtype=torch.float64),
+)
+
+
+def _by_heads(
+    call: Call,
+    kernel: _Kernel,
+    models: tuple[Tensor, ...],
+    rows: _Rows,
+    grads: tuple[Tensor | None, Tensor | None],
+    found: Tensor | None,
+) -> Tensor:
+    """Loss of a group."""
+    heads, tokens = models[0].shape[:2]
+
+    def whole(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.expand(heads, tokens).contiguous()
+
+    labels = None if rows.valid is None else torch.where(rows.valid, 0, _IGNORED)
+    blocked = None if rows.blocked is None else whole(rows.blocked[:, 0])
+    numbers = [
+        float(kernel.kl), float(call.spec.causal), *kernel.scales, kernel.scales[0],
+        float(call.tile_bytes),
+    ]  # fmt: skip
+    loss: Tensor = _heads_loss(
+        "native", *(x.contiguous() for x in models), whole(labels), whole(rows.weights),
+        whole(rows.keys), blocked, call.denominator, *grads, found, numbers,
+        kernel.row_spec if kernel.kl else MatchSpec(),
+    )  # fmt: skip
+    return loss
+
+
 def _walk(
     call: Call, kernel: _Kernel, group: _Group, models: tuple[Tensor, ...], rows: _Rows
 ) -> Iterator[_Tile]:
     """The scores of a group, tile by tile."""
     q, k, teacher_q, teacher_k = models
-    tiles = list(call.tiles(*q.shape[:2]))
+    tiles = [] if call.by_heads else list(call.tiles(*q.shape[:2]))
+    if not tiles:
+        return
     most = max((h.stop - h.start) * (r.stop - r.start) * keys for h, r, keys in tiles)
     memory = call.memory(most)
     for heads, queries, keys in tiles:
@@ -353,6 +398,10 @@ def forward(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     for group in call.groups():
         models, rows = call.models(group), call.rows(group)
         found = q.new_zeros(models[0].shape[:2], dtype=torch.float32)
+        if call.by_heads:
+            loss += _by_heads(call, kernel, models, rows, (None, None), found)
+            call.put(out, group, found)
+            continue
         for tile in _walk(call, kernel, group, models, rows):
             tile_loss, tile_rows = kernel.forward(
                 tile.student, tile.teacher, rows, tile.heads, tile.queries
@@ -378,6 +427,8 @@ def gradients(call: Call, backend: str, wanted: Sequence[bool]) -> tuple[Tensor,
         sums = [x.new_zeros(x.shape, dtype=torch.float32) if want else None
                 for x, want in zip(models, wanted, strict=False)]  # fmt: skip
         of_q, of_k = (sums[0], sums[0]) if k is None else sums
+        if call.by_heads:
+            loss += _by_heads(call, kernel, models, rows, (of_q, of_k), None)
         for heads, queries, keys, s, t in _walk(call, kernel, group, models, rows):
             tile_loss, grad = kernel.gradient(s, t, rows, heads, queries)
             loss += tile_loss
