@@ -76,7 +76,7 @@ def relation_match_loss(
 
     Note:
         ``[batch, R, seq, seq]`` is never stored: relations exist for a few heads and rows at a time
-        (2 MB a thread on a CPU, 256 MB on a GPU, of both models), and loss and gradient are one pass.
+        (2 MB a thread on a CPU, 256 MB on a GPU), and loss and gradient are one pass.
         The gradient is computed in the forward pass and kept (one tensor like ``student``); with
         ``reduction="none"``, in the backward pass. Arithmetic is float32. On the CPU padding costs
         nothing. Without a token that counts the loss and the gradient are 0.
@@ -183,7 +183,7 @@ def attention_match_loss(
     Note:
         From queries and keys ``[batch, heads, seq, seq]`` is never stored (so the models may use
         fused attention): scores exist for a few heads and rows at a time (2 MB a thread on a CPU,
-        256 MB on a GPU, of both models), and loss and gradients are one pass; the gradients are kept from the
+        256 MB on a GPU), and loss and gradients are one pass; the gradients are kept from the
         forward pass (tensors like ``q`` and ``k``), with ``reduction="none"`` they are computed in
         the backward pass. Arithmetic is float32. Maps cost a gradient like the student's; ``mse``
         with ``mask`` or ``causal`` a copy of each map in addition, ``kl`` their logarithms.
