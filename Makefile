@@ -21,7 +21,7 @@ demo: build
 	$(BIN)/kdkernels distill $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest -m "$(SKIP)" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "$(SKIP)" $(ARGS)
 
 test-slow: build
 	$(BIN)/python -m pytest -m "slow or network" $(ARGS)

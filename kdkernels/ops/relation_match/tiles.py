@@ -21,8 +21,8 @@ from kdkernels.ops.kd_loss.spec import Divergence
 from kdkernels.ops.kd_loss.spec import Spec as RowSpec
 from kdkernels.ops.relation_match.spec import Kind, Spec
 
-# Bytes of both models' scores in a tile, of each thread. CPU, 8 x 12 heads, 512 tokens, width 64,
-# in ms on shared cores: 0.5 MB 650, 1 MB 633, 2 MB 663, 4 MB 668, 8 MB 699 (the GEMMs alone 695, eager
+# Bytes of both models' scores in a tile, of each thread. CPU, shared cores, ms: 8 x 12 heads, 512
+# tokens, width 64: 0.5 MB 650, 1 MB 633, 2 MB 663, 4 MB 668, 8 MB 699 (the GEMMs alone 695, eager
 # 2284); 2 x 16 heads: 203, 203, 164, 152, 184 (212, 732). Not measured on a GPU.
 _TILE_BYTES = {"cpu": 2 << 20}
 _TILE_BYTES_ELSEWHERE = 256 << 20
