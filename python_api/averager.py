@@ -55,8 +55,10 @@ class WeightAverager:
         start_step: updates before it do nothing.
         every: from then on each ``every``-th step is averaged (K of the paper).
         dtype: of the average. float32; bfloat16 and float16 are kept as a pair of tensors, the
-            second what the first lacks: the memory of float32, 16 or 21 bits of fraction. float64
-            for models that hold such weights.
+            second what the first lacks: the memory of float32, 16 or 21 bits of fraction. Updates
+            below their last digit are lost: at decay 0.99 a bfloat16 pair follows a change of the
+            weights by 10% to 0.05% of it, at 0.999 to 4%, at 0.9999 by less than half; a float16
+            pair to 0.7% at 0.9999. float64 for models that hold such weights.
         buffers: ``copy``: those of the model at the last update (integers, statistics of batch
             norm); ``average``: floating ones averaged, others copied; ``skip``: the averaged model
             has those that the model has at the time.
@@ -231,6 +233,7 @@ class WeightAverager:
         Of a sharded model they are sharded tensors, for ``torch.distributed.checkpoint``.
         """
         self._check_outside("state_dict")
+        self._reshard()
         shards = [
             [_averaged.like(x, e.tensor()) for x, e in zip(xs, self._entries, strict=False)]
             for xs in (self._shadow, self._rest)
