@@ -32,16 +32,50 @@ def _chunk_of(row_ptr, chunk, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _tensor(row_ptr, column, KIND: tl.constexpr):
-    """The address in a column of the table as a pointer to float32, bfloat16 or float16."""
-    address = tl.load(row_ptr + column)
-    # All memory of tensors begins on such a boundary or is read element by element anyway.
+def _tensor(address, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address as a pointer to float32, bfloat16 or float16."""
     if KIND == 0:
-        return address.to(tl.pointer_type(tl.float32))
+        pointer = address.to(tl.pointer_type(tl.float32))
     elif KIND == 1:
-        return address.to(tl.pointer_type(tl.bfloat16))
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
     else:
-        return address.to(tl.pointer_type(tl.float16))
+        pointer = address.to(tl.pointer_type(tl.float16))
+    # What the compiler cannot know of an address that it reads.
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _average_block(
+    row_ptr,
+    weight,
+    first,
+    size,
+    AVERAGE: tl.constexpr,
+    PARAM: tl.constexpr,
+    COPY: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # the block is, and all tensors begin on 16-byte boundaries
+):
+    at = first + tl.arange(0, BLOCK)
+    inside = None if WHOLE else at < size
+    average_ptr = _tensor(tl.load(row_ptr), AVERAGE, WHOLE) + at
+    old = tl.load(average_ptr, mask=inside).to(tl.float32)
+    if COMPENSATED:
+        rest_ptr = _tensor(tl.load(row_ptr + 2), AVERAGE, WHOLE) + at
+        old += tl.load(rest_ptr, mask=inside).to(tl.float32)
+    param_ptr = _tensor(tl.load(row_ptr + 1), PARAM, WHOLE) + at
+    now = tl.load(param_ptr, mask=inside).to(tl.float32)
+    # A weight of 1 is a copy, not one within a rounding.
+    value = tl.where(weight == 1.0, now, old + weight * (now - old))
+    rounded = value.to(average_ptr.dtype.element_ty)
+    tl.store(average_ptr, rounded, mask=inside)
+    if COMPENSATED:
+        rest = value - rounded.to(tl.float32)
+        tl.store(rest_ptr, rest.to(rest_ptr.dtype.element_ty), mask=inside)
+    if COPY >= 0:
+        copy_ptr = _tensor(tl.load(row_ptr + 3), COPY, WHOLE) + at
+        tl.store(copy_ptr, value.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,30 +94,23 @@ def average_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row_ptr = _row_of(table_ptr, tensors, chunk)
     first, size = _chunk_of(row_ptr, chunk, CHUNK)
-    average_ptr = _tensor(row_ptr, 0, AVERAGE)
-    param_ptr = _tensor(row_ptr, 1, PARAM)
     weight = tl.load(weight_ptr)
-    for start in range(0, CHUNK, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        inside = at < size
-        old = tl.load(average_ptr + at, mask=inside).to(tl.float32)
-        if COMPENSATED:
-            old += tl.load(_tensor(row_ptr, 2, AVERAGE) + at, mask=inside).to(tl.float32)
-        now = tl.load(param_ptr + at, mask=inside).to(tl.float32)
-        # A weight of 1 is a copy, not one within a rounding.
-        value = tl.where(weight == 1.0, now, old + weight * (now - old))
-        rounded = value.to(average_ptr.dtype.element_ty)
-        tl.store(average_ptr + at, rounded, mask=inside)
-        if COMPENSATED:
-            rest = value - rounded.to(tl.float32)
-            tl.store(
-                _tensor(row_ptr, 2, AVERAGE) + at,
-                rest.to(average_ptr.dtype.element_ty),
-                mask=inside,
-            )
-        if COPY >= 0:
-            copy_ptr = _tensor(row_ptr, 3, COPY)
-            tl.store(copy_ptr + at, value.to(copy_ptr.dtype.element_ty), mask=inside)
+    addresses = (
+        tl.load(row_ptr) | tl.load(row_ptr + 1) | tl.load(row_ptr + 2) | tl.load(row_ptr + 3)
+    )
+    aligned = addresses % 16 == 0  # no tensor: address 0
+    for start in range(first, tl.minimum(first + CHUNK, size), BLOCK):
+        # Else the masked form would move all blocks element by element.
+        if aligned & (start + BLOCK <= size):
+            _average_block(
+                row_ptr, weight, start, size,
+                AVERAGE, PARAM, COPY, COMPENSATED, BLOCK, WHOLE=True,
+            )  # fmt: skip
+        else:
+            _average_block(
+                row_ptr, weight, start, size,
+                AVERAGE, PARAM, COPY, COMPENSATED, BLOCK, WHOLE=False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -104,8 +131,8 @@ def swap_kernel(
         at = first + start + tl.arange(0, BLOCK)
         inside = at < size
         if AVERAGE == PARAM:
-            average_ptr = _tensor(row_ptr, 0, AVERAGE)
-            param_ptr = _tensor(row_ptr, 1, PARAM)
+            average_ptr = _tensor(tl.load(row_ptr), AVERAGE, False)
+            param_ptr = _tensor(tl.load(row_ptr + 1), PARAM, False)
             average = tl.load(average_ptr + at, mask=inside)
             param = tl.load(param_ptr + at, mask=inside)
             tl.store(average_ptr + at, param, mask=inside)
