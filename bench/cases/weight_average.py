@@ -37,6 +37,7 @@ class WeightAverageCase:
     modes = ("forward",)
     rivals = ("loop", "foreach", "swa_utils")
     row_kernels = ("average_chunks", "average_kernel")
+    search_loops = 1  # for the tensor of a chunk
     unchecked: tuple[str, ...] = ()
     unfused_kernels: tuple[str, ...] = ()
 
