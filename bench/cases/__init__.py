@@ -57,8 +57,8 @@ class Case(Protocol):
     """What a file of this folder offers as ``CASE``.
 
     It may also have ``narrow_stores``, names of row kernels whose results are no rows: they need
-    not be stored 16 bytes at a time; ``search_loops``, the number of loops in native row kernels by
-    which they find their row; and ``mixed_traffic(setting)``, which stands for ``traffic`` where the
+    not be stored 16 bytes at a time; ``search_loops``, the number of loops by which native row
+    kernels find their row; and ``mixed_traffic(setting)``, which stands for ``traffic`` where the
     tensors have several dtypes.
     """
 
