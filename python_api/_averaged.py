@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,11 @@ def like(shard: Tensor, whole: Tensor) -> Tensor:
     )
 
 
+def version(x: Tensor) -> int:
+    """A number that changes when it is written to; inference tensors have none."""
+    return 0 if x.is_inference() else x._version
+
+
 def overlapping(tensor: Tensor) -> bool:
     """Whether elements share memory (``expand``): a constant, which cannot be written to."""
     pairs = zip(tensor.size(), tensor.stride(), strict=True)
@@ -154,3 +159,26 @@ def first_process() -> bool:
     distributed = torch.distributed
     alone = not distributed.is_available() or not distributed.is_initialized()
     return alone or distributed.get_rank() == 0
+
+
+def check_tensors(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Tensors of a state, against those that they will be copied to."""
+    for name in own:
+        if name not in given:
+            raise ValueError(f"WeightAverager: {what} of the state must have {name}, got none")
+    for name, tensor in given.items():
+        if name not in own:
+            raise ValueError(
+                f"WeightAverager: {what} of the state must be of this model, got {name}"
+            )
+        wanted = [(*x.shape, x.dtype, type(x), local(x).shape) for x in (own[name], tensor)]
+        if wanted[0] != wanted[1]:
+            raise ValueError(
+                f"WeightAverager: {name} of the state must be {_described(own[name])}, got "
+                f"{_described(tensor)}"
+            )
+
+
+def _described(x: Tensor) -> str:
+    shard = "" if local(x) is x else f", {list(local(x).shape)} of it here"
+    return f"{type(x).__name__} {x.dtype} {list(x.shape)}{shard}"

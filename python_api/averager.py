@@ -208,7 +208,7 @@ class WeightAverager:
         self._bind()
         restore = self._swap_in()
         self._inside = True
-        versions = [_version(x) for x in self._locals]
+        versions = [_averaged.version(x) for x in self._locals]
         try:
             yield self._model
         except BaseException:
@@ -217,7 +217,7 @@ class WeightAverager:
         written = [
             entry.name
             for entry, x, version in zip(self._entries, self._locals, versions, strict=True)
-            if not entry.buffer and _version(x) != version
+            if not entry.buffer and _averaged.version(x) != version
         ]
         self._swap_out(restore)
         if written:
@@ -268,7 +268,7 @@ class WeightAverager:
                     f"WeightAverager: {key} of the state must be {own[key]!r}, got {state[key]!r}"
                 )
         for key in ("averages", "compensations", "copies"):
-            _check_tensors(key, own[key], state[key])
+            _averaged.check_tensors(key, own[key], state[key])
         with torch.no_grad():
             for key in ("averages", "compensations", "copies"):
                 for name, tensor in own[key].items():
@@ -392,7 +392,7 @@ class WeightAverager:
             for i in places:
                 # Not detached: a parameter follows its model, an alias would keep the old memory.
                 source = self._locals[i]
-                if source.device != device:
+                if _elsewhere(source, device):
                     # Pinned, a copy from the GPU need not wait for each tensor.
                     pin = device.type == "cpu" and source.is_cuda
                     staging = torch.empty_like(source, device=device, pin_memory=pin)
@@ -424,7 +424,7 @@ class WeightAverager:
             for staging, source in part.moves:
                 staging.copy_(source, non_blocking=True)
             if part.moves and part.plan.device.type == "cpu":
-                torch.accelerator.synchronize(part.moves[0][1].device)
+                _wait_for(part.moves[0][1].device)
             weight_average_(part.plan, weight.float().to(part.plan.device, non_blocking=True))
         for entry, copy in zip(self._copied, self._copies, strict=True):
             copy.copy_(entry.tensor())
@@ -470,6 +470,15 @@ class WeightAverager:
             )
 
 
+def _elsewhere(source: Tensor, device: torch.device) -> bool:
+    return source.device != device
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def _exchangeable(part: _Part) -> bool:
     # Buffers may be written to in the block, which an exchange does not survive.
     if part.buffers or part.moves or part.plan.compensations:
@@ -484,34 +493,8 @@ def _moved(tensors: list[Tensor], models: list[Tensor]) -> list[Tensor]:
     return [x.to(model.device) for x, model in zip(tensors, models, strict=True)]
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
 def _named(message: str, names: list[str]) -> str:
     """An error of the op, in the names of the model."""
     message = message.replace("weight_average:", "WeightAverager:")
     places = r"\b(?:params|averages|compensations)\[(\d+)\]"
     return re.sub(places, lambda found: names[int(found[1])], message)
-
-
-def _check_tensors(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    for name in own:
-        if name not in given:
-            raise ValueError(f"WeightAverager: {what} of the state must have {name}, got none")
-    for name, tensor in given.items():
-        if name not in own:
-            raise ValueError(
-                f"WeightAverager: {what} of the state must be of this model, got {name}"
-            )
-        wanted = [(*x.shape, x.dtype, type(x), local(x).shape) for x in (own[name], tensor)]
-        if wanted[0] != wanted[1]:
-            raise ValueError(
-                f"WeightAverager: {name} of the state must be {_described(own[name])}, got "
-                f"{_described(tensor)}"
-            )
-
-
-def _described(x: Tensor) -> str:
-    shard = "" if local(x) is x else f", {list(local(x).shape)} of it here"
-    return f"{type(x).__name__} {x.dtype} {list(x.shape)}{shard}"

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 import kdkernels
 from kdkernels import WeightAverager, ema_update_, swa_update_
 from kdkernels.api import _files
+from kdkernels.api import averager as averager_module
 
 HALVES = [torch.bfloat16, torch.float16]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 Snapshots = list[dict[str, Tensor]]
 
 
@@ -222,6 +224,60 @@ def test_swapped(param: torch.dtype, average: torch.dtype, device: Any, fails: b
     for key, part in zip(("averages", "compensations", "copies"), copies, strict=True):
         for name, x in averager.state_dict()[key].items():
             assert torch.equal(x, part[name])
+
+
+def test_an_average_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there is one device: the copies on the way are made all the same."""
+    monkeypatch.setattr(averager_module, "_elsewhere", lambda source, device: True)
+    check_elsewhere(build().bfloat16(), "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("model", "average"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_an_average_on_another_device(model: str, average: str) -> None:
+    check_elsewhere(build().bfloat16().to(model), average)
+
+
+def check_elsewhere(model: nn.Module, device: str) -> None:
+    averager = WeightAverager(model, device=device)
+    models = [{n: x.cpu() for n, x in m.items()} for m in trained(model, averager, 3)]
+    found = averager.averages()
+    assert all(x.device.type == device for x in found.values())
+    before = snapshot(model)
+    with averager.swapped():
+        for name, right in mean(models, torch.float64).items():
+            assert_within_budget(
+                found[name].cpu(), right, mean(models, torch.float32)[name], torch.float32
+            )
+            assert torch.equal(
+                dict(model.named_parameters())[name].cpu(), found[name].cpu().bfloat16()
+            )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["swa", "ema"])
+def test_updates_do_not_synchronise(kind: str) -> None:
+    model = build().cuda()
+    averager = WeightAverager(model, kind, warmup=kind == "ema")
+    averager.update(0)
+    shadow = [p.detach().clone() for p in model.parameters()]
+    step = torch.tensor(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        averager.update(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ema_update_(shadow, model.parameters(), step=step)
+    swa_update_(shadow, model.parameters(), n_averaged=step)
+
+
+@needs_gpu
+def test_a_model_moves_to_the_gpu_with_its_average() -> None:
+    averager = WeightAverager(model := build(), count_start=True)
+    model.cuda()
+    averager.update(1)
+    assert averager.n_averaged.is_cuda and averager.averages()["first.weight"].is_cuda
 
 
 def test_swapped_needs_no_copy_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
