@@ -17,9 +17,9 @@ from kdkernels.ops.weight_average import Plan, weight_average_, weight_average_s
 from kdkernels.ops.weight_average.op import weight_average_swap, weight_average_update
 from kdkernels.ops.weight_average.plan import CHUNK, DTYPES, HALVES
 
-# Tensors and elements of each: 85M of BERT-base's parameters as matrices, and as many vectors as a
-# deep model has, where the time is that of the launches.
-SHAPES = [(144, 768 * 768), (2000, 768)]
+# Tensors and elements of each: about BERT-base (113M parameters), and as many vectors as a deep
+# model has, where the time is that of the launches.
+SHAPES = [(144, 768 * 1024), (2000, 768)]
 DECAY = 0.999
 
 Lists = tuple[list[Tensor], list[Tensor]]
