@@ -50,7 +50,7 @@ class Entry:
     kernel: Kernel
     fused: bool = False  # products into sums, where the case forbids it
     narrow: bool = False  # what it stores is no row
-    list_loops: int = 0  # loops over a few entries beside the row
+    list_loops: int = 0  # loops over something else than the row
 
     def faults(self) -> list[str]:
         """In words; empty for a good kernel."""
@@ -103,6 +103,7 @@ def cuda_entries(library: Path = LIBRARY) -> list[Entry]:
         narrow = bool(op) and name in getattr(cases.load(op), "narrow_stores", ())
         # Ids are read once, logits and log-probabilities for the sums and for the gradient.
         loops = 3 if LISTED_ROWS.match(kernel.name) else 0
+        loops += getattr(cases.load(op), "search_loops", 0) if op else 0
         entries.append(Entry(op or name, "native", "", bool(op), kernel, False, narrow, loops))
     return entries
 

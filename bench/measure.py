@@ -138,6 +138,8 @@ def _mode(
         "temperature": setting.temperature,
         "launch_bound": launch_bound,
     }
+    mixed = getattr(case, "mixed_traffic", None)
+    traffic = mixed(setting) if mixed else case.traffic(mode)
     return [
         Row(
             **common,
@@ -146,7 +148,7 @@ def _mode(
             ratio=_ratios(times, name, variants, ours),
             peak_mb_above_inputs=memory[name] / 2**20 if name in memory else None,
             gradient_error=errors.get(name),
-            **_figures(times[name], times.get(COPY), copied, case.traffic(mode) * size),
+            **_figures(times[name], times.get(COPY), copied, traffic * size),
         )
         for name in variants
     ]

@@ -5,6 +5,7 @@ if __name__ != "kdkernels.api":
     raise ImportError("this folder is the import package kdkernels.api: import kdkernels instead")
 
 from kdkernels.api import cache, compat, functional, nn
+from kdkernels.api.averaging import WeightAverager, ema_update_, swa_update_
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.capture import Capture
@@ -64,11 +65,13 @@ __all__ = [
     "TfKDSelfLoss",
     "TopK",
     "TopKKDLoss",
+    "WeightAverager",
     "attention_match_loss",
     "available_backends",
     "cache",
     "compat",
     "confidence_penalty_loss",
+    "ema_update_",
     "explain",
     "functional",
     "hidden_match_loss",
@@ -80,6 +83,7 @@ __all__ = [
     "multi_teacher_kd_loss",
     "nn",
     "relation_match_loss",
+    "swa_update_",
     "tfkd_reg_loss",
     "tfkd_self_loss",
     "topk_kd_loss",

@@ -73,3 +73,38 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def write_folder(path: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
+    """Fills a folder under a temporary name beside it and renames it into place.
+
+    Args:
+        path: The folder to make; its parents are made too. An empty one is replaced.
+        write: Called with the temporary folder to fill it.
+        overwrite: Whether one that holds something may be replaced. A process killed between the
+            two renames leaves the old one under a temporary name.
+
+    Raises:
+        FileExistsError: It holds something and must not be replaced, or is no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} must be a folder, got a file")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"{path} must be new or empty unless overwrite=True, got files in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{TEMPORARY_PREFIX}{path.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as name:
+        fresh, old = Path(name) / "new", Path(name) / "old"
+        fresh.mkdir()
+        write(fresh)
+        for file in [*fresh.rglob("*"), fresh]:
+            sync(file)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        sync(path.parent)

@@ -157,6 +157,13 @@ def number(name: str, argument: str, value: object, low: float, high: float) -> 
         raise ValueError(f"{name}: {argument} must be {contract}, got {value!r}")
 
 
+def integer(name: str, argument: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: {argument} must be {least} or more, got {value}")
+
+
 def positive(name: str, argument: str, value: object) -> None:
     number(name, argument, value, -math.inf, math.inf)
     if value <= 0:  # type: ignore[operator]

@@ -57,7 +57,9 @@ class Case(Protocol):
     """What a file of this folder offers as ``CASE``.
 
     It may also have ``narrow_stores``, names of row kernels whose results are no rows: they need
-    not be stored 16 bytes at a time.
+    not be stored 16 bytes at a time; ``search_loops``, the number of loops by which native row
+    kernels find their row; and ``mixed_traffic(setting)``, which stands for ``traffic`` where the
+    tensors have several dtypes.
     """
 
     divergences: tuple[str, ...]  # what it can be asked for as ``Setting.divergence``

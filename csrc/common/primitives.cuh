@@ -65,6 +65,17 @@ __device__ __forceinline__ void store_16(void* global, uint4 value) {
                : "memory");
 }
 
+// Loads 16 bytes from an aligned address in global memory. (The compiler splits the plain load of a
+// uint4 by an address that was itself loaded.)
+__device__ __forceinline__ uint4 load_16(const void* global) {
+  uint4 value;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(global)
+               : "memory");
+  return value;
+}
+
 // All shared memory of the project's kernels is the dynamic one, aligned to 16 bytes.
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char kd_dynamic_shared[];

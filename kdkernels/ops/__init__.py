@@ -10,6 +10,7 @@ from kdkernels.ops import (
     scale_grad,
     topk_kd_loss,
     topk_logprobs,
+    weight_average,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "scale_grad",
     "topk_kd_loss",
     "topk_logprobs",
+    "weight_average",
 ]

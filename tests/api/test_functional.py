@@ -418,6 +418,8 @@ def test_examples_in_docstrings_run() -> None:
         kdkernels.api.topk,
         kdkernels.api.nn,
         kdkernels.api.compat,
+        kdkernels.api.averager,
+        kdkernels.api.averaging,
         kdkernels.api.backends,
         kdkernels.api.capture,
         kdkernels.api.layers,

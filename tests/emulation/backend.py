@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,7 @@ def load() -> str | None:
             module.attach("emulated")
     torch.ops.load_library(str(path))
     _library = ctypes.CDLL(str(path))
+    _library.emulated_reach.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     _library.emulated_device.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
     _backend.register_backend("emulated")
     return None
@@ -85,6 +86,20 @@ def device(
         yield
     finally:
         _library.emulated_device(H200["major"], H200["shared"], 0)
+
+
+@contextmanager
+def reachable(read: Iterable[torch.Tensor], written: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Lets kernels touch tensors whose addresses they find in another one."""
+    assert _library is not None, "load() first"
+    for writable, tensors in enumerate((read, written)):
+        for x in tensors:
+            if x.numel() > 0:
+                _library.emulated_reach(x.data_ptr(), x.numel() * x.element_size(), writable)
+    try:
+        yield
+    finally:
+        _library.emulated_reach(None, 0, 0)
 
 
 def build(

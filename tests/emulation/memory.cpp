@@ -44,6 +44,8 @@ struct Range {
   bool writable;
 };
 thread_local std::vector<Range> ranges;
+// Beside them what the call reaches by addresses in a tensor.
+thread_local std::vector<Range> reachable;
 
 size_t static_bytes() { return __stop_kd_static_shared - __start_kd_static_shared; }
 
@@ -224,9 +226,21 @@ void allow(const void* begin, size_t bytes, bool writable) {
   ranges.push_back({first, first + bytes, writable});
 }
 
-void forget_memory() { ranges.clear(); }
+void forget_memory() { ranges = reachable; }
 
 }  // namespace cuda_emulation
+
+// For tests: memory that kernels reach by addresses in a tensor; null: none any more.
+extern "C" __attribute__((visibility("default"))) void emulated_reach(const char* begin,
+                                                                      size_t bytes, int writable) {
+  using namespace cuda_emulation;
+  if (begin == nullptr) {
+    reachable.clear();
+  } else {
+    reachable.push_back({begin, begin + bytes, writable != 0});
+  }
+  forget_memory();
+}
 
 // What the compiler calls before every load and store of a kernel.
 #define KD_CHECKED(bytes)                              \

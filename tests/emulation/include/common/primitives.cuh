@@ -31,6 +31,11 @@ uint32_t pack_pair(float low, float high) {
   return word;
 }
 
+inline uint4 load_16(const void* global) {
+  cuda_emulation::check_aligned(global, sizeof(uint4));
+  return *static_cast<const uint4*>(global);
+}
+
 inline void store_16(void* global, uint4 value) {
   cuda_emulation::check_aligned(global, sizeof value);
   *static_cast<uint4*>(global) = value;
