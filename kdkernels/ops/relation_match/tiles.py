@@ -32,9 +32,9 @@ _IGNORED = -100
 
 
 # Scores of padding for which it pays, on the CPU, to work on an example by itself. MiniLM's three
-# relations, 12 heads, ms without and with: 32 x 24 tokens (some 3,000 saved an example) 15 and 67,
-# 32 x 48 (14,000) 32 and 85, 16 x 128 (45,000) 127 and 117, 8 x 512 (1.5 million) 999 and 422.
-_SCORES_SAVED = 40_000
+# relations, 12 heads, ms without and with: 32 x 24 tokens (some 3,000 saved an example) 17 and 26,
+# 32 x 48 (14,000) 23 and 26, 16 x 128 (45,000) 70 and 49, 8 x 512 (1.5 million) 409 and 185.
+_SCORES_SAVED = 15_000
 
 
 class _Group(NamedTuple):
