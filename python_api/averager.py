@@ -316,7 +316,9 @@ class WeightAverager:
         self._shards = _averaged.sharded(self._model)
         self._reshard()
         found = list(_averaged.entries(self._model))
-        self._frozen, self._entries, self._copied = [], [], []
+        self._frozen: list[_averaged.Entry] = []
+        self._entries: list[_averaged.Entry] = []
+        self._copied: list[_averaged.Entry] = []
         for entry in found:
             tensor = entry.tensor()
             if tensor.device.type == "meta":
@@ -434,7 +436,9 @@ class WeightAverager:
     @torch.no_grad()
     def _swap_in(self) -> list[tuple[Tensor, Tensor]]:
         """Returns what is not exchanged with what it was before."""
-        written = [(e.tensor(), x, None) for e, x in zip(self._copied, self._copies, strict=True)]
+        written: list[tuple[Tensor, Tensor, Tensor | None]] = [
+            (e.tensor(), x, None) for e, x in zip(self._copied, self._copies, strict=True)
+        ]
         exchanged = []
         for part in self._parts:
             if _exchangeable(part):

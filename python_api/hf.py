@@ -18,7 +18,7 @@ __all__ = ["AveragingCallback"]
 STATE = "weight_averager.pt"
 
 
-class AveragingCallback(TrainerCallback):  # type: ignore[misc]  # a base without types
+class AveragingCallback(TrainerCallback):
     """Averages after each optimizer step, evaluates the average, saves and resumes it.
 
     :meth:`attach` adds it to a trainer. Evaluations before the first average are of the model

@@ -267,7 +267,9 @@ class _Call(NamedTuple):
         """Loss, the loss of each pair, the number of rows."""
         others = (self.mask, self.row_weights, self.denominator)
         plain, linear = _sorted(fits)
-        losses, layers, n_valid = [], {}, None
+        losses: list[Tensor] = []
+        layers: dict[int, Tensor] = {}
+        n_valid = None
         if plain:
             loss, parts = op.hidden_match(
                 [fits[i].student for i in plain],
@@ -343,7 +345,7 @@ def _named(message: str, name: str) -> str:
 def _check_pairs(name: str, pairs: Sequence[Pair]) -> list[Pair]:
     if isinstance(pairs, Tensor) or not pairs:
         raise ValueError(f"{name}: pairs must be (student, teacher) tensors, got {_shown(pairs)}")
-    checked = []
+    checked: list[Pair] = []
     for i, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(

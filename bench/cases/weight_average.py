@@ -117,8 +117,8 @@ class WeightAverageCase:
         for average, param, copy in _dtypes():
             numbers = [-1 if d is None else DTYPES.index(d) for d in (average, param, copy)]
             yield TritonCall(f"{numbers}", partial(_average_nothing, numbers))
-        for param in (0, 1):
-            yield TritonCall(f"exchange {param}", partial(_swap_nothing, [0, param, -1]))
+        for place in (0, 1):
+            yield TritonCall(f"exchange {place}", partial(_swap_nothing, [0, place, -1]))
 
 
 class _Prepared:
