@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from kdkernels.api.distill import plot
-from kdkernels.api.distill.config import DistillConfig, to_yaml
+from kdkernels.api.distill.config import DistillConfig
 from kdkernels.api.distill.data import Corpus
 from kdkernels.api.distill.recipe_measure import EAGER, FUSED
 from kdkernels.api.distill.recipe_results import RecipeResults, RecipeRow, as_json
 from kdkernels.api.distill.recipes import ARMS, SOFT
-from kdkernels.api.distill.report import licences
+from kdkernels.api.distill.report import closing
 from kdkernels.api.distill.store import write_file, write_text
-from kdkernels.api.distill.tables import markdown_table, rich_table, versions
+from kdkernels.api.distill.tables import markdown_table, rich_table
 from kdkernels.api.distill.train import Runtime
 
 # Two lines each, so that the tables fit a terminal of 80 columns.
@@ -137,15 +137,7 @@ def markdown(config: DistillConfig, found: RecipeResults, corpus: Corpus, runtim
         f"training texts (the teacher's), {transfer:,} transfer texts, {len(corpus.dev):,} dev "
         f"texts, {len(corpus.test):,} test texts. In this run the dev texts chose which student is "
         f"in `student/` ({found.best}), nothing else; the test texts chose nothing.",
-        "\n".join(f"- {line}" for line in licences(config)),
-        "## Configuration",
-        f"```yaml\n{to_yaml(config)}```",
-        "## Time",
-        markdown_table(
-            ("phase", "seconds"), [(name, f"{s:.1f}") for name, s in found.phases.items()]
-        ),
-        "## Versions",
-        versions(runtime),
+        *closing(config, found.phases, runtime),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -127,17 +127,22 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
         f"training texts, {transfer:,} transfer texts, {len(corpus.dev):,} dev texts, "
         f"{len(corpus.test):,} test texts. In this run the dev texts chose which seed's student is "
         f"in `student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
+        *closing(config, found.phases, runtime),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def closing(config: DistillConfig, phases: Mapping[str, float], runtime: Runtime) -> list[str]:
+    """What every report of a classification run ends with."""
+    return [
         "\n".join(f"- {line}" for line in licences(config)),
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",
         "## Time",
-        markdown_table(
-            ("phase", "seconds"), [(name, f"{s:.1f}") for name, s in found.phases.items()]
-        ),
+        markdown_table(("phase", "seconds"), [(name, f"{s:.1f}") for name, s in phases.items()]),
         "## Versions",
         versions(runtime),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write(
