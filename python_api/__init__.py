@@ -29,6 +29,7 @@ from kdkernels.api.functional import (
     topk_logprobs,
 )
 from kdkernels.api.layers import LayerMap, Projections
+from kdkernels.api.methods import SWA
 from kdkernels.api.nn import (
     AttentionMatchLoss,
     ConfidencePenaltyLoss,
@@ -45,6 +46,7 @@ from kdkernels.api.nn import (
 )
 
 __all__ = [
+    "SWA",
     "AttentionMatchLoss",
     "Capture",
     "ConfidencePenaltyLoss",

@@ -153,7 +153,9 @@ def number(name: str, argument: str, value: object, low: float, high: float) -> 
         raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
     # No math.isfinite: under torch.compile(dynamic=True) the value may be symbolic.
     if not (low <= value <= high) or not (-math.inf < value < math.inf):
-        contract = "finite" if math.isinf(low) else f"in [{low:g}, {high:g}]"
+        contract = f"in [{low:g}, {high:g}]"
+        if math.isinf(high):
+            contract = "finite" if math.isinf(low) else f"finite and {low:g} or more"
         raise ValueError(f"{name}: {argument} must be {contract}, got {value!r}")
 
 

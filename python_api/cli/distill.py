@@ -70,7 +70,8 @@ Alpha = Annotated[
     typer.Option(help="Weight of distillation; the labels have the rest [default: 1; lm: 0.5]."),
 ]
 Epochs = Annotated[
-    int | None, typer.Option(help="Epochs over the transfer texts [default: 2; lm: 1].")
+    int | None,
+    typer.Option(help="Epochs over the transfer texts [default: 1; own data, --recipe: 2]."),
 ]
 LabelEpochs = Annotated[
     int | None,

@@ -121,7 +121,7 @@ class Step:
         self.loss = StepLoss(recipe, 0, student, teacher, runtime, losses)
         self._trained = nn.ModuleList([student, recipe.projections]).train()
         self._weights = [p for p in self._trained.parameters() if p.requires_grad]
-        self._optimizer, _ = train.make_optimizer(self._weights, setting.lr, steps=1)
+        self._optimizer = train.make_optimizer(self._weights, setting.lr)
 
     def __call__(self, batch: Batch) -> None:
         """Trains on a batch."""

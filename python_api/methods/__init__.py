@@ -1,0 +1,5 @@
+"""The published methods, one module each."""
+
+from kdkernels.api.methods.swa import SWA
+
+__all__ = ["SWA"]
