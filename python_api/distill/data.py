@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kdkernels.api.distill.errors import require
 
 # The splits are part of the task: they stay the same whatever the training seed.
 SPLIT_SEED = 2014
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,34 @@ def limit_transfer(texts: list[str], limits: Limits) -> list[str]:
         contract = f"be at most {len(texts)}, the unlabelled texts there are"
         require(limits.transfer <= len(texts), "transfer", contract, limits.transfer)
     return texts[: limits.transfer]
+
+
+def divide(
+    items: Sequence[Item], group: Callable[[Item], str], shares: Sequence[float]
+) -> list[list[Item]]:
+    """Splits examples at random, always in the same way; those of one group stay together.
+
+    Args:
+        items: The examples.
+        group: What must not be on two sides.
+        shares: How much of the examples each part but the first gets, at least.
+
+    Returns:
+        The rest, then one part for each share, each in a random order.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(group(item), []).append(item)
+    shuffler = random.Random(SPLIT_SEED)
+    order = sorted(groups)
+    shuffler.shuffle(order)
+    parts: list[list[Item]] = []
+    for share in shares:
+        part: list[Item] = []
+        while order and len(part) < share * len(items):
+            part += groups[order.pop()]
+        parts.append(part)
+    parts.insert(0, [item for name in order for item in groups[name]])
+    for part in parts:
+        shuffler.shuffle(part)
+    return parts

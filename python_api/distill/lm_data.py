@@ -68,6 +68,13 @@ def lm_blocks(
     return [(f"{name}/{split}/{seq_len}/{i:06d}", blocks[i].clone()) for i in range(count)]
 
 
+def spread(blocks: list[Block], count: int) -> list[Block]:
+    """So many of the blocks, evenly spaced; all where there are no more."""
+    if count >= len(blocks):
+        return blocks
+    return [blocks[place * len(blocks) // count] for place in range(count)]
+
+
 def _tokens(tokenizer: Any, lines: Sequence[str], limit: int | None) -> list[int]:
     """Tokenises lines until there are ``limit`` tokens."""
     ids: list[int] = []

@@ -133,13 +133,18 @@ def check_head(model: Any, argument: str) -> None:
     require(same, argument, contract, f"{type(model).__name__}, which changes them afterwards")
 
 
+def smollm2_path() -> Path:
+    """Where SmolLM2-135M is once it is converted."""
+    return fetch.cache_folder() / SMOLLM2_NAME
+
+
 def smollm2_folder(notify: fetch.Notify) -> Path:
     """Returns SmolLM2-135M as a transformers folder, fetched and converted once, in the cache.
 
     Reading the 4-bit file takes 20 s each time, the converted one 1 s. Weights are float32, so that
     nothing is rounded again.
     """
-    folder = fetch.cache_folder() / SMOLLM2_NAME
+    folder = smollm2_path()
     if _intact(folder):
         return folder
     # Before the download, so that a missing package does not cost one.

@@ -17,7 +17,7 @@ from kdkernels.api.cache.writer import TeacherCacheWriter
 from kdkernels.api.distill import lm_measure, lm_models, lm_report, lm_results, lm_train, models
 from kdkernels.api.distill.errors import DistillError, require
 from kdkernels.api.distill.lm_config import LmConfig
-from kdkernels.api.distill.lm_data import SPLITS, Block, lm_blocks
+from kdkernels.api.distill.lm_data import SPLITS, Block, lm_blocks, spread
 from kdkernels.api.distill.lm_results import ARMS, START, TEACHER
 from kdkernels.api.distill.lm_train import LmLoss, Source
 from kdkernels.api.distill.progress import Bar, Display
@@ -48,13 +48,6 @@ def load_blocks(config: LmConfig, tokenizer: Any, display: Display) -> dict[str,
         count = len(every) if tokens is None else max(1, tokens // config.seq_len)
         found[split] = spread(every, count)
     return found
-
-
-def spread(blocks: list[Block], count: int) -> list[Block]:
-    """So many of the blocks, evenly spaced; all where there are no more."""
-    if count >= len(blocks):
-        return blocks
-    return [blocks[place * len(blocks) // count] for place in range(count)]
 
 
 def open_cache(config: LmConfig, folder: Path, teacher: Any, tokenizer: Any) -> TeacherCache | None:

@@ -36,15 +36,20 @@ def check_model_folder(path: Path, argument: str, max_length: int) -> None:
     """Raises ``DistillError`` unless ``path`` holds a model that reads texts of that length."""
     contract = "be a folder written by save_pretrained (config.json, weights, tokenizer)"
     require((path / "config.json").is_file(), argument, contract, f"{path} without config.json")
-    longest = getattr(_read_config(path, argument), "max_position_embeddings", max_length)
+    longest = getattr(read_config(path, argument), "max_position_embeddings", max_length)
     require(max_length <= longest, "max-length", f"be at most {longest} for {path}", max_length)
 
 
 def check_student_layers(teacher: Path, layers: Sequence[int]) -> None:
     """Raises ``DistillError`` unless the teacher in a folder has the layers to cut out."""
-    depth = _read_config(teacher, "teacher").num_hidden_layers
+    check_layers(read_config(teacher, "teacher"), layers, "student-layers", "teacher")
+
+
+def check_layers(config: Any, layers: Sequence[int], argument: str, model: str) -> None:
+    """Raises ``DistillError`` unless a model of that configuration has the layers to cut out."""
+    depth = config.num_hidden_layers
     bad = [layer for layer in layers if not 0 <= layer < depth]
-    require(not bad, "student-layers", f"lie in 0..{depth - 1} for this teacher", bad)
+    require(not bad, argument, f"lie in 0..{depth - 1} for this {model}", bad)
 
 
 def trained_label_names(teacher: Path) -> list[str] | None:
@@ -53,7 +58,7 @@ def trained_label_names(teacher: Path) -> list[str] | None:
     Raises:
         DistillError: The folder holds no trained classifier.
     """
-    config = _read_config(teacher, "teacher")
+    config = read_config(teacher, "teacher")
     kinds = config.architectures or []
     trained = any(kind.endswith("ForSequenceClassification") for kind in kinds)
     require(trained, "teacher", "be a saved sequence classifier if teacher-epochs is 0", kinds)
@@ -61,7 +66,7 @@ def trained_label_names(teacher: Path) -> list[str] | None:
     return None if names[0] == "LABEL_0" else names
 
 
-def _read_config(path: Path, argument: str) -> Any:
+def read_config(path: Path, argument: str) -> Any:
     """The transformers configuration in a folder."""
     from transformers import AutoConfig
 
@@ -71,11 +76,12 @@ def _read_config(path: Path, argument: str) -> Any:
         raise _not_loadable(path, argument, error) from error
 
 
-def _not_loadable(path: Path, argument: str, error: Exception) -> DistillError:
+def _not_loadable(
+    path: Path, argument: str, error: Exception, kind: str = "a sequence classifier"
+) -> DistillError:
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     return DistillError(
-        f"{argument} must be a folder that transformers loads as a sequence classifier, "
-        f"got {path}: {reason}"
+        f"{argument} must be a folder that transformers loads as {kind}, got {path}: {reason}"
     )
 
 
@@ -91,26 +97,79 @@ def load_classifier(path: Path, label_names: Sequence[str], argument: str, seed:
     Raises:
         DistillError: The folder holds no model that transformers can load as a classifier.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tokenizer = load_tokenizer(path, argument)
+    heading = Heading("AutoModelForSequenceClassification", "a sequence classifier", label_names)
+    return Classifier(load_headed(path, heading, argument, seed), tokenizer)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What a model has on top of its encoder.
+
+    Attributes:
+        auto: Name of the transformers class that loads such models.
+        kind: What they are called in messages, with an article.
+        label_names: Names of the classes, in the order of their numbers; empty where the head has
+            none to name.
+    """
+
+    auto: str
+    kind: str
+    label_names: Sequence[str] = ()
+
+
+def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier") -> Any:
+    """Loads the tokenizer in a folder.
+
+    Args:
+        path: Folder written by ``save_pretrained``.
+        argument: Name of the argument, for error messages.
+        kind: What the model is to be, with an article, for error messages.
+
+    Raises:
+        DistillError: The folder holds none, or one without a padding token.
+    """
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            local_files_only=True,
-            output_loading_info=True,
-            num_labels=len(label_names),
-            id2label=dict(enumerate(label_names)),
-            label2id={name: i for i, name in enumerate(label_names)},
-            dtype=torch.float32,
-        )
     except Exception as error:  # transformers raises many kinds here; each means the same to a user
-        raise _not_loadable(path, argument, error) from error
-    _draw(model, loaded["missing_keys"], seed)
-    copy_weights(model)
+        raise _not_loadable(path, argument, error, kind) from error
     if tokenizer.pad_token_id is None:
         raise DistillError(f"{argument} must have a tokenizer with a padding token, got {path}")
-    return Classifier(model, tokenizer)
+    return tokenizer
+
+
+def load_headed(path: Path, heading: Heading, argument: str, seed: int) -> Any:
+    """Loads a model from a folder; an encoder without the head gets a fresh one.
+
+    Args:
+        path: Folder written by ``save_pretrained``.
+        heading: The head.
+        argument: Name of the argument, for error messages.
+        seed: Seed of a fresh head.
+
+    Raises:
+        DistillError: The folder holds no model that transformers can load so.
+    """
+    import transformers
+
+    names: dict[str, Any] = {}
+    if heading.label_names:
+        names = {
+            "num_labels": len(heading.label_names),
+            "id2label": dict(enumerate(heading.label_names)),
+            "label2id": {name: i for i, name in enumerate(heading.label_names)},
+        }
+    try:
+        model, loaded = getattr(transformers, heading.auto).from_pretrained(
+            path, local_files_only=True, output_loading_info=True, dtype=torch.float32, **names
+        )
+    except Exception as error:  # as in load_tokenizer
+        raise _not_loadable(path, argument, error, heading.kind) from error
+    _draw(model, loaded["missing_keys"], seed)
+    copy_weights(model)
+    return model
 
 
 def _draw(model: Any, names: Iterable[str], seed: int) -> None:
@@ -181,7 +240,7 @@ def empty_classifier(path: Path, argument: str, layers: int | None = None) -> An
     """The model in a folder without weights, to look at; with so many layers if given."""
     from transformers import AutoModelForSequenceClassification
 
-    config = _read_config(path, argument)
+    config = read_config(path, argument)
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None) is not None:

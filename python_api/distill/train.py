@@ -188,7 +188,7 @@ def fit(
     model.to(runtime.device)
 
     def loss_of(step: tuple[TrainSet, list[int]]) -> Tensor:
-        return _batch_loss(model, *step, recipe, runtime, pad_id)
+        return batch_loss(model, *step, recipe, runtime, pad_id)
 
     def evaluate() -> float:
         return accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
@@ -264,7 +264,7 @@ def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> 
     return result
 
 
-def _batch_loss(
+def batch_loss(
     model: Any,
     train_set: TrainSet,
     rows: list[int],

@@ -13,8 +13,7 @@ import torch
 
 from kdkernels.api.distill import fetch, lm_models
 from kdkernels.api.distill.errors import DistillError
-from kdkernels.api.distill.lm_data import SPLITS, lm_blocks
-from kdkernels.api.distill.lm_pipeline import spread
+from kdkernels.api.distill.lm_data import SPLITS, lm_blocks, spread
 
 
 @pytest.fixture(scope="module")
