@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+METHODS = ("swa",)
+# Options that are lists with commas.
+LISTS: dict[str, Callable[[str], Any]] = {
+    "student_layers": int,
+    "seeds": int,
+    "recipe": str.strip,
+    "arms": str.strip,
+    "swa_start": float,
+    "swa_every": int,
+}
 
 # Every option is None unless given: the defaults depend on --data and --quick, and a resumed run
 # compares only what was given. Defaults are therefore written into the help texts.
 LM = "Language models (--objective lm)"
 CLASSIFICATION = "Classification"
+SWA = "Weight averaging (--method swa)"
 
 Objective = Annotated[
     str | None,
     typer.Option(help="classification, or lm: a causal language model [default: classification]."),
 ]
-Name = Annotated[str | None, typer.Option(help="Name of the run [default: demo; lm: lm].")]
+Name = Annotated[
+    str | None, typer.Option(help="Name of the run [default: demo; lm: lm; swa: swa].")
+]
 Out = Annotated[str | None, typer.Option(help="Folder of all runs [default: runs].")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
 Quick = Annotated[
@@ -61,7 +75,12 @@ Transfer = Annotated[
         help="Unlabelled transfer texts [default: 10000; own data: all].",
     ),
 ]
-Seeds = Annotated[str | None, typer.Option(help="Seeds of the students [default: 0,1,2; lm: 0].")]
+Test = Annotated[
+    int | None, typer.Option(rich_help_panel=SWA, help="Test examples [default: all].")
+]
+Seeds = Annotated[
+    str | None, typer.Option(help="Seeds of the students [default: 0,1,2; lm: 0; swa: 0,1,2,3,4].")
+]
 Temperature = Annotated[
     float | None, typer.Option(help="Temperature of the distillation loss [default: 2; lm: 1].")
 ]
@@ -185,8 +204,75 @@ Full = Annotated[
 ]
 
 
+Method = Annotated[
+    str | None,
+    typer.Option(help="swa: fine-tune with stochastic weight averaging, and compare."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SWA,
+        help="sentiment, r8, r52, 20news (topics), ner, qa or lm [default: sentiment].",
+    ),
+]
+Arms = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SWA,
+        help="Some of ft, swa, kd, kd-swa [default: all; kd only where there are transfer texts].",
+    ),
+]
+TransferEpochs = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=SWA, help="Epochs over the transfer texts; --epochs: labels [default: 1]."
+    ),
+]
+Evaluations = Annotated[
+    int | None, typer.Option(rich_help_panel=SWA, help="Dev figures while training [default: 6].")
+]
+SwaStart = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SWA,
+        help="Share of the training after which averaging starts; several with commas are "
+        "compared [default: 0.5].",
+    ),
+]
+SwaEvery = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SWA,
+        help="Steps from one averaged model to the next (K); several with commas are compared "
+        "[default: 1].",
+    ),
+]
+SwaLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=SWA, help="Constant learning rate while averaging [default: --lr]."
+    ),
+]
+Convention = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SWA,
+        help="paper: the weights at the start count as a model; torch: not [default: paper].",
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=SWA,
+        help="Stop after so many evaluations of the average without a better one, and keep the "
+        "best [default: to the end].",
+    ),
+]
+
+
 def distill(
     objective: Objective = None,
+    method: Method = None,
     name: Name = None,
     out: Out = None,
     resume: Resume = False,
@@ -222,6 +308,16 @@ def distill(
     cache: Cache = None,
     route: Route = None,
     full: Full = False,
+    task: Task = None,
+    arms: Arms = None,
+    test: Test = None,
+    transfer_epochs: TransferEpochs = None,
+    evaluations: Evaluations = None,
+    swa_start: SwaStart = None,
+    swa_every: SwaEvery = None,
+    swa_lr: SwaLearningRate = None,
+    convention: Convention = None,
+    patience: Patience = None,
 ) -> None:
     """Fine-tune a real teacher, distil it into a small student, and compare.
 
@@ -230,6 +326,7 @@ def distill(
     With --objective lm, SmolLM2-135M's first layers are trained on WikiText-2: on the text alone,
     from the live teacher, and from its cached top-k.
     With --recipe, students learn from the teacher's hidden states as published recipes do.
+    With --method swa, a model is fine-tuned with weight averaging and without, on --task.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -245,15 +342,18 @@ def _run(given: dict[str, Any], resume: bool) -> None:
     """Runs the distillation; a failure is one sentence and an exit code."""
     from rich.console import Console
 
-    from kdkernels.api.distill.errors import DistillError
+    from kdkernels.api.distill.errors import DistillError, require
 
     console = Console()
     try:
-        for key in ("student_layers", "seeds"):
+        for key, kind in LISTS.items():
             if key in given:
-                given[key] = _integers(given[key], key.replace("_", "-"))
-        if "recipe" in given:
-            given["recipe"] = tuple(name.strip() for name in given["recipe"].split(","))
+                given[key] = _listed(given[key], key.replace("_", "-"), kind)
+        if "method" in given:
+            method = given.pop("method")
+            require("objective" not in given, "objective", "be left out with --method", method)
+            require(method in METHODS, "method", f"be one of {METHODS}", repr(method))
+            given["objective"] = method
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)
@@ -272,13 +372,14 @@ def _run(given: dict[str, Any], resume: bool) -> None:
         raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
-def _integers(listed: str, option: str) -> tuple[int, ...]:
+def _listed(listed: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
     """Parses ``0,1,2``."""
     from kdkernels.api.distill.errors import DistillError
 
     try:
-        return tuple(int(item) for item in listed.split(","))
+        return tuple(kind(item) for item in listed.split(","))
     except ValueError as error:
+        words = "integers" if kind is int else "numbers"
         raise DistillError(
-            f"{option} must be integers separated by commas, got {listed!r}"
+            f"{option} must be {words} separated by commas, got {listed!r}"
         ) from error

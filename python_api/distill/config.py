@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from kdkernels.api.distill.errors import DistillError, require
 
@@ -41,6 +41,8 @@ class RunConfig:
     """
 
     objective: ClassVar[str]
+    # How a command asks for it.
+    option: ClassVar[str]
 
     name: str = "demo"
     out: str = "runs"
@@ -121,6 +123,7 @@ class DistillConfig(RunConfig):
     """
 
     objective: ClassVar[str] = "classification"
+    option: ClassVar[str] = "--objective classification"
 
     seeds: tuple[int, ...] = (0, 1, 2)
     temperature: float = 2.0
@@ -199,10 +202,11 @@ def option_name(key: str) -> str:
 
 def config_class(objective: object) -> type[RunConfig]:
     """The kind of configuration that an objective has."""
-    from kdkernels.api.distill.lm_config import LmConfig  # it imports this module
+    from kdkernels.api.distill.lm_config import LmConfig  # they import this module
+    from kdkernels.api.distill.swa_config import SwaConfig
 
     kinds: dict[object, type[RunConfig]] = {
-        kind.objective: kind for kind in (DistillConfig, LmConfig)
+        kind.objective: kind for kind in (DistillConfig, LmConfig, SwaConfig)
     }
     require(objective in kinds, "objective", f"be one of {tuple(kinds)}", repr(objective))
     return kinds[objective]
@@ -221,7 +225,7 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     kind = config_class(values.pop("objective", DistillConfig.objective))
     known = {field.name for field in dataclasses.fields(kind)}
     for key, value in values.items():
-        contract = f"be left out with --objective {kind.objective}"
+        contract = f"be left out with {kind.option}"
         require(key in known, option_name(key), contract, value)
     config = kind(**(kind.presets(values) | values))
     _check_types(config)
@@ -229,18 +233,25 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+# Lists that a configuration may hold: what they are called, and the types of their items.
+LISTS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    tuple[str, ...]: ("names", (str,)),
+    tuple[int, ...]: ("integers", (int,)),
+    tuple[float, ...]: ("numbers", (float, int)),
+}
+
+
 def _check_types(config: RunConfig) -> None:
     """Raises unless every value has the annotated type; an int may stand for a float."""
     hints = get_type_hints(type(config))
     for key in (field.name for field in dataclasses.fields(config)):
         value, hint = getattr(config, key), hints[key]
-        if hint == tuple[str, ...]:
-            good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-            require(good, option_name(key), "be names separated by commas", repr(value))
-        elif hint == tuple[int, ...]:
-            good = isinstance(value, tuple) and all(type(item) is int for item in value)
-            require(good, option_name(key), "be integers separated by commas", repr(value))
-        else:
+        listed = next((kind for kind in LISTS if kind in (hint, *get_args(hint))), None)
+        if listed is not None and (value is not None or hint == listed):
+            words, item_types = LISTS[listed]
+            good = isinstance(value, tuple) and all(type(item) in item_types for item in value)
+            require(good, option_name(key), f"be {words} separated by commas", repr(value))
+        elif listed is None:
             options = {hint} if isinstance(hint, type) else set(hint.__args__)
             if float in options:
                 options.add(int)

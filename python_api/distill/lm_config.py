@@ -35,6 +35,7 @@ class LmConfig(RunConfig):
     """
 
     objective: ClassVar[str] = "lm"
+    option: ClassVar[str] = "--objective lm"
 
     name: str = "lm"
     alpha: float = 0.5

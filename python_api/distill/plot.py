@@ -10,6 +10,7 @@ from kdkernels.api.distill.results import TEACHER, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe-Ito colours: told apart also by readers who do not see red and green as different.
 COLOURS = {
@@ -21,6 +22,11 @@ COLOURS = {
     "ce": "#E69F00",
     "live": "#009E73",
     "cached": "#56B4E9",
+    # Of weight averaging.
+    "ft": "#E69F00",
+    "swa": "#D55E00",
+    "kd": "#56B4E9",
+    "kd-swa": "#0072B2",
     # Of recipes.
     "soft": "#E69F00",
     "tinybert": "#009E73",
@@ -43,6 +49,14 @@ class Compared(Protocol):
 
 def save(path: Path, found: Compared) -> None:
     """Draws the picture into a PNG file."""
+    figure, (curves, bars) = panels()
+    _draw_curves(curves, found)
+    _draw_bars(bars, found)
+    figure.savefig(path, dpi=150)
+
+
+def panels() -> tuple[Figure, tuple[Axes, Axes]]:
+    """An empty picture: curves on the left, what came out on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,9 +67,7 @@ def save(path: Path, found: Compared) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-    _draw_curves(curves, found)
-    _draw_bars(bars, found)
-    figure.savefig(path, dpi=150)
+    return figure, (curves, bars)
 
 
 def _draw_curves(axes: Axes, found: Compared) -> None:

@@ -15,7 +15,7 @@ from kdkernels.api.distill.data import Corpus
 from kdkernels.api.distill.recipe_measure import EAGER, FUSED
 from kdkernels.api.distill.recipe_results import RecipeResults, RecipeRow, as_json
 from kdkernels.api.distill.recipes import ARMS, SOFT
-from kdkernels.api.distill.report import closing
+from kdkernels.api.distill.report import closing, licences
 from kdkernels.api.distill.store import write_file, write_text
 from kdkernels.api.distill.tables import markdown_table, rich_table
 from kdkernels.api.distill.train import Runtime
@@ -137,7 +137,7 @@ def markdown(config: DistillConfig, found: RecipeResults, corpus: Corpus, runtim
         f"training texts (the teacher's), {transfer:,} transfer texts, {len(corpus.dev):,} dev "
         f"texts, {len(corpus.test):,} test texts. In this run the dev texts chose which student is "
         f"in `student/` ({found.best}), nothing else; the test texts chose nothing.",
-        *closing(config, found.phases, runtime),
+        *closing(licences(config), config, found.phases, runtime),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

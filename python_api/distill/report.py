@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from kdkernels.api.distill import fetch, plot
-from kdkernels.api.distill.config import DistillConfig, to_yaml
+from kdkernels.api.distill.config import DistillConfig, RunConfig, to_yaml
 from kdkernels.api.distill.data import Corpus
 from kdkernels.api.distill.results import TEACHER, Results, Row
 from kdkernels.api.distill.store import write_file, write_text
@@ -127,15 +127,17 @@ def markdown(config: DistillConfig, found: Results, corpus: Corpus, runtime: Run
         f"training texts, {transfer:,} transfer texts, {len(corpus.dev):,} dev texts, "
         f"{len(corpus.test):,} test texts. In this run the dev texts chose which seed's student is "
         f"in `student/` (seed {found.best_seed}), nothing else; the test texts chose nothing.",
-        *closing(config, found.phases, runtime),
+        *closing(licences(config), config, found.phases, runtime),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def closing(config: DistillConfig, phases: Mapping[str, float], runtime: Runtime) -> list[str]:
-    """What every report of a classification run ends with."""
+def closing(
+    used: Sequence[str], config: RunConfig, phases: Mapping[str, float], runtime: Runtime
+) -> list[str]:
+    """What a report ends with; ``used`` are the licences of what was downloaded."""
     return [
-        "\n".join(f"- {line}" for line in licences(config)),
+        "\n".join(f"- {line}" for line in used),
         "## Configuration",
         f"```yaml\n{to_yaml(config)}```",
         "## Time",

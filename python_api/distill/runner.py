@@ -22,6 +22,7 @@ from kdkernels.api.distill.pipeline import Pipeline
 from kdkernels.api.distill.progress import Display
 from kdkernels.api.distill.sentiment import load_sentiment
 from kdkernels.api.distill.store import RunFolder, disk_error
+from kdkernels.api.distill.swa_config import SwaConfig
 from kdkernels.api.distill.train import Runtime
 
 
@@ -49,6 +50,8 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
     folder = RunFolder(config.folder)
     if isinstance(config, LmConfig):
         work = prepare_lm(config, folder, runtime, display)
+    elif isinstance(config, SwaConfig):
+        work = prepare_swa(config, folder, runtime, display)
     else:
         assert isinstance(config, DistillConfig)
         work = prepare_classification(config, folder, runtime, display)
@@ -100,6 +103,16 @@ def prepare_lm(
         open_cache(config, Path(config.cache), teacher, tokenizer)  # refuses one that does not fit
     blocks = load_blocks(config, tokenizer, display)
     return LmPipeline(config, folder, runtime, display, teacher, tokenizer, blocks).run
+
+
+def prepare_swa(
+    config: SwaConfig, folder: RunFolder, runtime: Runtime, display: Display
+) -> Callable[[], None]:
+    """Gathers what the run needs, before it has a folder; returns the run."""
+    from kdkernels.api.distill.swa_pipeline import SwaPipeline, make_task
+
+    task = make_task(config, runtime, display.note)
+    return SwaPipeline(config, folder, runtime, display, task).run
 
 
 def quiet_transformers() -> None:
