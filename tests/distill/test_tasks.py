@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kdkernels.api.distill import fetch, tasks
-from kdkernels.api.distill.data import Corpus, Labelled, divide
+from kdkernels.api.distill.data import Corpus, Labelled, Limits, divide
 from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.task import Task, TaskOptions
 from kdkernels.api.distill.topics import MEMBER, SETS, load_topics, read_tab
@@ -192,6 +192,30 @@ def test_divide_keeps_groups_together() -> None:
     assert sum(map(len, homes)) == 30
     assert 0.2 <= len(test) / len(items) < 0.27 and 0.1 <= len(dev) / len(items) < 0.17
     assert [rest, test, dev] == divide(items, lambda item: str(item[0]), [0.2, 0.1])
+
+
+def test_sentiment_takes_labels_and_transfer_texts(
+    options: TaskOptions, monkeypatch: pytest.MonkeyPatch, corpus: Corpus
+) -> None:
+    asked: list[object] = []
+
+    def load(archive: Path, limits: Limits) -> Corpus:
+        asked.extend([archive, limits])
+        return corpus
+
+    monkeypatch.setattr(fetch, "fetch", lambda archive, notify: Path(archive.filename))
+    monkeypatch.setattr("kdkernels.api.distill.tasks.classification.load_sentiment", load)
+    task = tasks.sentiment_task(options, 100, 50)
+    assert asked == [Path(fetch.SENTIMENT.filename), Limits(labels=100, transfer=50)]
+    assert task.licences == [fetch.SENTIMENT.licence]
+
+
+def test_the_licence_of_a_fetched_model_is_told(
+    options: TaskOptions, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "teacher_path", lambda: options.model)
+    task = tasks.ClassificationTask(options, corpus, ["of the texts"])
+    assert task.licences == [fetch.TEACHER.licence, "of the texts"]
 
 
 @pytest.fixture
