@@ -69,7 +69,8 @@ class AveragingCallback(TrainerCallback):
             finally:
                 depth -= 1
 
-        trainer.evaluate = of_the_average
+        replaced: Any = trainer  # where transformers is installed its type forbids this
+        replaced.evaluate = of_the_average
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -66,8 +66,12 @@ class Index:
             if filename not in links.found:
                 raise IndexFailure(f"no {filename} at {urlsplit(page).netloc or page}")
             with self._open(links.found[filename]) as answer:
+                got, size = 0, int(answer.headers.get("Content-Length") or 0)
                 while chunk := answer.read(CHUNK):
+                    got += len(chunk)
                     yield chunk
+            if got < size:
+                raise IndexFailure(f"a connection that broke after {got} of {size} bytes")
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise IndexFailure(str(error) or repr(error)) from error
 

