@@ -352,7 +352,7 @@ def _run(given: dict[str, Any], resume: bool) -> None:
         if "method" in given:
             method = given.pop("method")
             require("objective" not in given, "objective", "be left out with --method", method)
-            require(method in METHODS, "method", f"be one of {METHODS}", repr(method))
+            require(method in METHODS, "method", f"be one of {', '.join(METHODS)}", repr(method))
             given["objective"] = method
         from kdkernels.api.distill.runner import distill as run_distillation
 
