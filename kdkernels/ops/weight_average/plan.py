@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.ops._shared.multi_tensor import CHUNK, DTYPES, HALVES, check_dense, check_like, tables
+from kdkernels.ops._shared.multi_tensor import (
+    CHUNK,
+    DTYPES,
+    HALVES,
+    check_dense,
+    check_like,
+    tables,
+)
 
 __all__ = ["CHUNK", "DTYPES", "HALVES", "OP", "Group", "Plan"]
 
