@@ -213,7 +213,7 @@ class AdamWAverage(torch.optim.Optimizer):
         return self._settings.average is not None and bool(self.n_averaged > 0)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of AdamW, and of the average where it is its turn.
 
         Args:
