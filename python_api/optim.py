@@ -89,7 +89,8 @@ class AdamWAverage(torch.optim.Optimizer):
         count_start: the weights before the first step count as one model (with ``start_step=0``;
             else the model at that step is the start).
         master_weights: 16-bit parameters are the rounding of float32 masters, kept here. Without
-            them a bfloat16 parameter loses all updates below half of its last digit.
+            them a bfloat16 parameter loses all updates below half of its last digit. What others
+            write to such a parameter after its first step is lost.
         max_grad_norm: clip the norm of all gradients together; the last one is ``grad_norm``, a
             tensor. The gradients themselves are not written to.
         backend: ``native``, ``triton``, ``reference``, or ``None`` to choose.
@@ -306,7 +307,8 @@ class AdamWAverage(torch.optim.Optimizer):
 
         Training goes on to the bit as if never interrupted; the schedule and the kind of average
         are those of this optimizer. Tensors are copied, and keep their dtype (torch's own method
-        rounds them to that of their parameter).
+        rounds them to that of their parameter). Load the model first: averages and masters that
+        the state lacks start from it.
 
         Raises:
             ValueError: shapes that do not fit; ``amsgrad``. Nothing is changed then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -518,5 +519,7 @@ def test_sparse_gradients_are_refused() -> None:
         AdamWAverage(table.parameters()).step()
 
 
-def test_the_facade() -> None:
+def test_the_facade_and_the_example() -> None:
     assert kdkernels.optim.AdamWAverage is kdkernels.AdamWAverage is AdamWAverage
+    found = doctest.testmod(optim)
+    assert found.attempted > 0 and found.failed == 0
