@@ -4,7 +4,7 @@ if __name__ != "kdkernels.api":
     # A script started in the repository root would otherwise load every class twice.
     raise ImportError("this folder is the import package kdkernels.api: import kdkernels instead")
 
-from kdkernels.api import cache, compat, functional, nn
+from kdkernels.api import cache, compat, functional, nn, optim
 from kdkernels.api.averaging import WeightAverager, ema_update_, swa_update_
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
@@ -44,9 +44,11 @@ from kdkernels.api.nn import (
     TfKDSelfLoss,
     TopKKDLoss,
 )
+from kdkernels.api.optim import AdamWAverage
 
 __all__ = [
     "SWA",
+    "AdamWAverage",
     "AttentionMatchLoss",
     "Capture",
     "ConfidencePenaltyLoss",
@@ -84,6 +86,7 @@ __all__ = [
     "linear_topk_kd_loss",
     "multi_teacher_kd_loss",
     "nn",
+    "optim",
     "relation_match_loss",
     "swa_update_",
     "tfkd_reg_loss",

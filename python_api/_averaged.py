@@ -21,7 +21,7 @@ def _is(x: object, module: str, name: str) -> bool:
     return isinstance(x, getattr(sys.modules.get(f"torch.distributed.{module}"), name, ()))
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     return _is(tensor, "tensor", "DTensor")
 
 
@@ -94,7 +94,7 @@ def _modules(
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that is here; any other as it is."""
     # First what thousands of tensors are asked for at every update.
-    if type(tensor) is not nn.Parameter and _is_sharded(tensor):
+    if type(tensor) is not nn.Parameter and is_sharded(tensor):
         with torch.no_grad():
             found: Tensor = tensor.to_local()  # type: ignore[attr-defined]
         return found
@@ -103,7 +103,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def like(shard: Tensor, whole: Tensor) -> Tensor:
     """A part as the sharded tensor that it belongs to; any other as it is."""
-    if not _is_sharded(whole):
+    if not is_sharded(whole):
         return shard
     from torch.distributed.tensor import DTensor
 
@@ -111,6 +111,17 @@ def like(shard: Tensor, whole: Tensor) -> Tensor:
     return DTensor.from_local(
         shard, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
     )
+
+
+def weight(kind: str, count: Tensor, decay: float, warmup: bool) -> Tensor:
+    """Of the next model in an average of ``count``, ``[]`` float32; see WeightAverager."""
+    count = count.double()
+    if kind == "swa":
+        return (1.0 / (count + 1.0)).float()
+    found = torch.full_like(count, 1.0 - decay)
+    if warmup:
+        found = torch.maximum(found, 9.0 / (10.0 + count))
+    return torch.where(count == 0, 1.0, found).float()
 
 
 def version(x: Tensor) -> int:
@@ -148,7 +159,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
         same = _same(tensor)
         if same not in gathered:
             tensor = tensor.detach()
-            whole = tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
             gathered[same] = whole.cpu() if keep else torch.empty(0)
         state[entry.name] = gathered[same]
     return state

@@ -414,20 +414,13 @@ class WeightAverager:
     @torch.no_grad()
     def _average(self) -> None:
         self._bind()
-        count = self._count.double()
-        if self._kind == "swa":
-            weight = 1.0 / (count + 1.0)
-        else:
-            weight = torch.full_like(count, 1.0 - self._decay)
-            if self._warmup:
-                weight = torch.maximum(weight, 9.0 / (10.0 + count))
-            weight = torch.where(count == 0, 1.0, weight)
+        weight = _averaged.weight(self._kind, self._count, self._decay, self._warmup)
         for part in self._parts:
             for staging, source in part.moves:
                 staging.copy_(source, non_blocking=True)
             if part.moves and part.plan.device.type == "cpu":
                 _wait_for(part.moves[0][1].device)
-            weight_average_(part.plan, weight.float().to(part.plan.device, non_blocking=True))
+            weight_average_(part.plan, weight.to(part.plan.device, non_blocking=True))
         for entry, copy in zip(self._copied, self._copies, strict=True):
             copy.copy_(entry.tensor())
         self._count.add_(1)

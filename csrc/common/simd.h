@@ -1,4 +1,4 @@
-// Vectors of KD_LANES floats, their exp, log and tanh, and loads and stores of other dtypes.
+// Vectors of KD_LANES floats, their exp, log, tanh and root, and loads and stores of other dtypes.
 // Included by for_each_isa.h once per instruction set, hence no include guard.
 //
 // GCC vector types do the arithmetic; the library is compiled with -ffp-contract=off, so a product
@@ -90,6 +90,19 @@ KD_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+KD_INLINE Vec sqrt(Vec x) {
+#if KD_LANES == 16
+  return (Vec)_mm512_sqrt_ps((__m512)x);
+#elif KD_LANES == 8
+  return (Vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (Vec)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
 #endif
 }
 

@@ -31,25 +31,25 @@ static void average_piece(const AveragePiece& piece, float weight) {
 }
 
 template <typename P>
-static AverageFunction for_copy(AverageDtype copy) {
-  if (copy == AverageDtype::kBf16) return &average_piece<float, P, Bf16, false>;
-  if (copy == AverageDtype::kHalf) return &average_piece<float, P, Half, false>;
+static AverageFunction for_copy(TableDtype copy) {
+  if (copy == TableDtype::kBf16) return &average_piece<float, P, Bf16, false>;
+  if (copy == TableDtype::kHalf) return &average_piece<float, P, Half, false>;
   return &average_piece<float, P, float, false>;
 }
 
 // A 16-bit average, which is compensated and has no copy.
 template <typename A>
-static AverageFunction for_param(AverageDtype param) {
-  if (param == AverageDtype::kBf16) return &average_piece<A, Bf16, float, true>;
-  if (param == AverageDtype::kHalf) return &average_piece<A, Half, float, true>;
+static AverageFunction for_param(TableDtype param) {
+  if (param == TableDtype::kBf16) return &average_piece<A, Bf16, float, true>;
+  if (param == TableDtype::kHalf) return &average_piece<A, Half, float, true>;
   return &average_piece<A, float, float, true>;
 }
 
 static AverageFunction average_function(AverageDtypes d) {
-  if (d.average == AverageDtype::kBf16) return for_param<Bf16>(d.param);
-  if (d.average == AverageDtype::kHalf) return for_param<Half>(d.param);
-  if (d.param == AverageDtype::kBf16) return for_copy<Bf16>(d.copy);
-  return d.param == AverageDtype::kHalf ? for_copy<Half>(d.copy) : for_copy<float>(d.copy);
+  if (d.average == TableDtype::kBf16) return for_param<Bf16>(d.param);
+  if (d.average == TableDtype::kHalf) return for_param<Half>(d.param);
+  if (d.param == TableDtype::kBf16) return for_copy<Bf16>(d.copy);
+  return d.param == TableDtype::kHalf ? for_copy<Half>(d.copy) : for_copy<float>(d.copy);
 }
 
 // A float32 average and a bfloat16 param: see weight_average_swap of op.py.

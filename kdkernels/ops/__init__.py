@@ -1,6 +1,7 @@
 """Kernel contracts: 2-D, per row, no conventions. Users call :mod:`kdkernels.api`."""
 
 from kdkernels.ops import (
+    adamw_average,
     hidden_match,
     kd_loss,
     linear_hidden_match,
@@ -14,6 +15,7 @@ from kdkernels.ops import (
 )
 
 __all__ = [
+    "adamw_average",
     "hidden_match",
     "kd_loss",
     "linear_hidden_match",

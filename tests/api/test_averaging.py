@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import averaged
-from helpers.averaged import Net, build
+from helpers.averaged import Net, build, script
 from helpers.budget import assert_within_budget
 from torch import Tensor, nn
 
@@ -359,12 +357,6 @@ def test_resuming_after_a_kill(kind: str, dtype: str, tmp_path: Path) -> None:
     for right, actual in pairs:
         assert right.keys() == actual.keys()
         assert all(torch.equal(actual[name], x) for name, x in right.items())
-
-
-def script(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, str(averaged.__file__), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_two_processes_with_a_sharded_model(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from kdkernels import WeightAverager
+from kdkernels import AdamWAverage, WeightAverager
 
 STEPS = 12
 
@@ -32,6 +33,13 @@ class Net(nn.Module):
 def build() -> nn.Module:
     torch.manual_seed(0)
     return Net()
+
+
+def script(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs this file with a task."""
+    command = [sys.executable, *launcher, __file__, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -131,9 +139,63 @@ def shard(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def optimize(folder: Path) -> None:
+    """The same with the optimizer that averages, and its state in a distributed checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+
+    def close(actual: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    def make(sharded: bool) -> tuple[nn.Module, AdamWAverage]:
+        model = build().eval()
+        if sharded:
+            fully_shard(model, mesh=mesh)
+        return model, AdamWAverage(model.parameters(), 0.1, max_grad_norm=0.5, eps=1e-3)
+
+    (alone, one), (model, both) = make(False), make(True)
+    for step in range(3):
+        train_step(alone, one, step)
+        train_step(model, both, step)
+        assert one.grad_norm is not None and both.grad_norm is not None
+        close(both.grad_norm, one.grad_norm)
+    found = get_state_dict(model, both)
+    dcp.save({"model": found[0], "optimizer": found[1]}, checkpoint_id=folder)
+    model, both = make(True)
+    found = get_state_dict(model, both)
+    state = {"model": found[0], "optimizer": found[1]}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model, both, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    for step in range(3, 5):
+        train_step(alone, one, step)
+        train_step(model, both, step)
+        with torch.no_grad():
+            model(torch.ones(1, 7))  # leaves whole parameters in the root
+    assert one.n_averaged == both.n_averaged == 5
+    for average, expected in zip(both.averages(), one.averages(), strict=True):
+        assert isinstance(average, DTensor) and average.to_local().shape[0] in (3, 4)
+        close(average.full_tensor(), expected)
+    x = torch.ones(2, 7)
+    with torch.no_grad():
+        before = model(x)
+        with one.swapped(), both.swapped(model):
+            close(model(x), alone(x))
+            assert (model(x) - before).abs().max() > 1e-3
+        assert torch.equal(model(x), before)
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     task, place, *options = sys.argv[1:]
     if task == "train":
         train(Path(place), options[0], options[1], int(options[2]))
     else:
-        shard(Path(place))
+        {"shard": shard, "optimize": optimize}[task](Path(place))

@@ -1,1 +1,3 @@
-"""What ops of one family are made of: losses on rows of logits, and those from hidden states."""
+"""What ops of one family are made of: losses on rows of logits, those from hidden states, and lists
+of tensors.
+"""

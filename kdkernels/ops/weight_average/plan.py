@@ -8,12 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.ops._shared.multi_tensor import (
+    CHUNK,
+    DTYPES,
+    HALVES,
+    check_dense,
+    check_like,
+    tables,
+)
+
+__all__ = ["CHUNK", "DTYPES", "HALVES", "OP", "Group", "Plan"]
+
 OP = "weight_average"
-# The numbers are those of the kernels.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = DTYPES[1:]
-# Elements that are one piece of work; as kAverageChunk in weight_average.h.
-CHUNK = 1 << 15
 
 
 class Group(NamedTuple):
@@ -75,27 +81,20 @@ class Plan:
         return self._groups
 
     def _grouped(self, addresses: list[int]) -> list[Group]:
-        count = len(self.averages)
         columns, begin = [], 0
         for xs in self._lists:
-            columns.append(addresses[begin : begin + len(xs)] or [0] * count)
+            columns.append(addresses[begin : begin + len(xs)])
             begin += len(xs)
-        found: dict[tuple[int, int, int], list[int]] = {}
+        keys: list[tuple[int, int, int] | None] = []
         for i, (average, param) in enumerate(zip(self.averages, self.params, strict=True)):
-            if average.numel() > 0 and average.dtype != torch.float64:
-                copy = DTYPES.index(self.copies[i].dtype) if self.copies else -1
-                dtypes = DTYPES.index(average.dtype), DTYPES.index(param.dtype), copy
-                found.setdefault(dtypes, []).append(i)
-        groups = []
-        for dtypes, places in found.items():
-            rows, chunks = [], 0
-            for i in places:
-                size = self.averages[i].numel()
-                chunks += -(-size // CHUNK)
-                rows.append([*(column[i] for column in columns), size, chunks])
-            table = torch.tensor(rows, dtype=torch.int64).to(self.device)
-            groups.append(Group(table, dtypes, chunks, places))
-        return groups
+            if average.dtype == torch.float64:
+                keys.append(None)
+                continue
+            copy = DTYPES.index(self.copies[i].dtype) if self.copies else -1
+            keys.append((DTYPES.index(average.dtype), DTYPES.index(param.dtype), copy))
+        sizes = [average.numel() for average in self.averages]
+        found = tables(columns, sizes, keys, self.device)
+        return [Group(t.rows, dtypes, t.chunks, t.places) for dtypes, t in found.items()]
 
     def _check(self) -> None:
         if len(self.params) != len(self.averages):
@@ -118,11 +117,7 @@ class Plan:
                     f"{OP}: compensations must be given exactly for 16-bit averages, got "
                     f"averages[{i}] of {average.dtype} {'without' if half else 'with'} them"
                 )
-            if not _dense(average):
-                raise ValueError(
-                    f"{OP}: averages[{i}] must be dense, got strides {list(average.stride())} for "
-                    f"{list(average.shape)}"
-                )
+            check_dense(OP, f"averages[{i}]", average)
             _check_like(f"averages[{i}]", average, average, self.device)
             _check_like(f"params[{i}]", self.params[i], average, self.device)
             if self.copies:
@@ -142,22 +137,4 @@ def _check_like(name: str, x: Tensor, average: Tensor, device: torch.device) -> 
         raise ValueError(f"{OP}: {name} must be on {device}, got {x.device}")
     if x.dtype not in DTYPES and not x.dtype == average.dtype == torch.float64:
         raise ValueError(f"{OP}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.shape != average.shape or _steps(x) != _steps(average):
-        raise ValueError(
-            f"{OP}: {name} must have the shape and strides of its average {list(average.shape)} "
-            f"{list(average.stride())}, got {list(x.shape)} {list(x.stride())}"
-        )
-
-
-def _steps(x: Tensor) -> list[int]:
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory without a gap, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return x.numel() == 0
-        expected *= size
-    return True
+    check_like(OP, name, x, "average", average)

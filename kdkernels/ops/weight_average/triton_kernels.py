@@ -8,40 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels._triton.multi_tensor import chunk_of, row_of, tensor_at
 
-@triton.jit
-def _row_of(table_ptr, tensors, chunk):
-    """The first row of the table whose chunks end behind this one."""
-    low = tl.full((), 0, tl.int64)
-    high = tl.full((), 0, tl.int64) + tensors - 1
-    while low < high:
-        middle = (low + high) // 2
-        behind = tl.load(table_ptr + 6 * middle + 5) > chunk
-        high = tl.where(behind, middle, high)
-        low = tl.where(behind, low, middle + 1)
-    return table_ptr + 6 * low
-
-
-@triton.jit
-def _chunk_of(row_ptr, chunk, CHUNK: tl.constexpr):
-    """Its first element, and the number of elements of the tensor."""
-    size = tl.load(row_ptr + 4)
-    chunks = (size + CHUNK - 1) // CHUNK
-    first = (chunk - (tl.load(row_ptr + 5) - chunks)) * CHUNK
-    return first, size
-
-
-@triton.jit
-def _tensor(address, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address as a pointer to float32, bfloat16 or float16."""
-    if KIND == 0:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    elif KIND == 1:
-        pointer = address.to(tl.pointer_type(tl.bfloat16))
-    else:
-        pointer = address.to(tl.pointer_type(tl.float16))
-    # What the compiler cannot know of an address that it reads.
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+_COLUMNS = tl.constexpr(6)  # of the table
 
 
 @triton.jit
@@ -59,12 +28,12 @@ def _average_block(
 ):
     at = first + tl.arange(0, BLOCK)
     inside = None if WHOLE else at < size
-    average_ptr = _tensor(tl.load(row_ptr), AVERAGE, WHOLE) + at
+    average_ptr = tensor_at(tl.load(row_ptr), AVERAGE, WHOLE) + at
     old = tl.load(average_ptr, mask=inside).to(tl.float32)
     if COMPENSATED:
-        rest_ptr = _tensor(tl.load(row_ptr + 2), AVERAGE, WHOLE) + at
+        rest_ptr = tensor_at(tl.load(row_ptr + 2), AVERAGE, WHOLE) + at
         old += tl.load(rest_ptr, mask=inside).to(tl.float32)
-    param_ptr = _tensor(tl.load(row_ptr + 1), PARAM, WHOLE) + at
+    param_ptr = tensor_at(tl.load(row_ptr + 1), PARAM, WHOLE) + at
     now = tl.load(param_ptr, mask=inside).to(tl.float32)
     # A weight of 1 is a copy, not one within a rounding.
     value = tl.where(weight == 1.0, now, old + weight * (now - old))
@@ -74,13 +43,13 @@ def _average_block(
         rest = value - rounded.to(tl.float32)
         tl.store(rest_ptr, rest.to(rest_ptr.dtype.element_ty), mask=inside)
     if COPY >= 0:
-        copy_ptr = _tensor(tl.load(row_ptr + 3), COPY, WHOLE) + at
+        copy_ptr = tensor_at(tl.load(row_ptr + 3), COPY, WHOLE) + at
         tl.store(copy_ptr, value.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def average_kernel(
-    table_ptr,  # [tensors, 6] int64, see Group of plan.py
+    table_ptr,  # [tensors, 6] int64, see Plan of plan.py
     weight_ptr,  # [] float32
     tensors,
     AVERAGE: tl.constexpr,
@@ -92,8 +61,8 @@ def average_kernel(
 ):
     """``average += weight * (param - average)``."""
     chunk = tl.program_id(0).to(tl.int64)
-    row_ptr = _row_of(table_ptr, tensors, chunk)
-    first, size = _chunk_of(row_ptr, chunk, CHUNK)
+    row_ptr = row_of(table_ptr, tensors, chunk, _COLUMNS)
+    first, size = chunk_of(row_ptr, chunk, _COLUMNS, CHUNK)
     weight = tl.load(weight_ptr)
     addresses = (
         tl.load(row_ptr) | tl.load(row_ptr + 1) | tl.load(row_ptr + 2) | tl.load(row_ptr + 3)
@@ -125,14 +94,14 @@ def swap_kernel(
 ):
     """Exchanges averages and params; see ``weight_average_swap_`` of ``op.py``."""
     chunk = tl.program_id(0).to(tl.int64)
-    row_ptr = _row_of(table_ptr, tensors, chunk)
-    first, size = _chunk_of(row_ptr, chunk, CHUNK)
+    row_ptr = row_of(table_ptr, tensors, chunk, _COLUMNS)
+    first, size = chunk_of(row_ptr, chunk, _COLUMNS, CHUNK)
     for start in range(0, CHUNK, BLOCK):
         at = first + start + tl.arange(0, BLOCK)
         inside = at < size
         if AVERAGE == PARAM:
-            average_ptr = _tensor(tl.load(row_ptr), AVERAGE, False)
-            param_ptr = _tensor(tl.load(row_ptr + 1), PARAM, False)
+            average_ptr = tensor_at(tl.load(row_ptr), AVERAGE, False)
+            param_ptr = tensor_at(tl.load(row_ptr + 1), PARAM, False)
             average = tl.load(average_ptr + at, mask=inside)
             param = tl.load(param_ptr + at, mask=inside)
             tl.store(average_ptr + at, param, mask=inside)
