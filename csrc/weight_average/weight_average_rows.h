@@ -2,31 +2,48 @@
 
 namespace kd::KD_ISA {
 
+// Bytes by which memory is asked for before it is used: the hardware's own prefetch stops at the
+// end of a page.
+constexpr int64_t kAverageAhead = 8192;
+
+// `lanes` elements from i on. Called with kLanes as a constant, the stores are whole vectors.
+template <typename A, typename P, typename C, bool kCompensated>
+static inline __attribute__((always_inline)) void average_vector(const AveragePiece& piece,
+                                                                 float weight, int64_t i,
+                                                                 int lanes) {
+  A* average = reinterpret_cast<A*>(piece.average) + i;
+  A* compensation = reinterpret_cast<A*>(piece.compensation) + i;
+  const P* param = reinterpret_cast<const P*>(piece.param) + i;
+  const bool full = lanes == kLanes;
+  const auto read = [&](const auto* p) __attribute__((always_inline)) {
+    return full ? load(p) : load_first(p, lanes);
+  };
+  Vec old = read(average);
+  if constexpr (kCompensated) old += read(compensation);
+  const Vec now = read(param);
+  // A weight of 1 is a copy, not one within a rounding.
+  const Vec value = weight == 1.0f ? now : old + (now - old) * weight;
+  store_first(average, value, lanes);
+  if constexpr (kCompensated) {
+    const auto rounded = convert<A>(value);
+    A kept[kLanes];
+    std::memcpy(kept, &rounded, sizeof(kept));
+    store_first(compensation, value - load(kept), lanes);
+  }
+  if (piece.copy != nullptr) store_first(reinterpret_cast<C*>(piece.copy) + i, value, lanes);
+}
+
 // Average, compensation and copy are of dtypes A, A and C; without a compensation A is float.
 template <typename A, typename P, typename C, bool kCompensated>
 static void average_piece(const AveragePiece& piece, float weight) {
-  A* average = reinterpret_cast<A*>(piece.average);
-  A* compensation = reinterpret_cast<A*>(piece.compensation);
-  const P* param = reinterpret_cast<const P*>(piece.param);
-  C* copy = reinterpret_cast<C*>(piece.copy);
-  const bool whole = weight == 1.0f;  // a copy, not one within a rounding
-  for (int64_t i = 0; i < piece.count; i += kLanes) {
-    const int lanes = static_cast<int>(piece.count - i < kLanes ? piece.count - i : kLanes);
-    const bool full = lanes == kLanes;
-    Vec old = full ? load(average + i) : load_first(average + i, lanes);
-    if constexpr (kCompensated) {
-      old += full ? load(compensation + i) : load_first(compensation + i, lanes);
-    }
-    const Vec now = full ? load(param + i) : load_first(param + i, lanes);
-    const Vec value = whole ? now : old + (now - old) * weight;
-    store_first(average + i, value, lanes);
-    if constexpr (kCompensated) {
-      const auto rounded = convert<A>(value);
-      A kept[kLanes];
-      std::memcpy(kept, &rounded, sizeof(kept));
-      store_first(compensation + i, value - load(kept), lanes);
-    }
-    if (copy != nullptr) store_first(copy + i, value, lanes);
+  int64_t i = 0;
+  for (; i + kLanes <= piece.count; i += kLanes) {
+    __builtin_prefetch(piece.average + i * sizeof(A) + kAverageAhead, 1);
+    __builtin_prefetch(piece.param + i * sizeof(P) + kAverageAhead);
+    average_vector<A, P, C, kCompensated>(piece, weight, i, kLanes);
+  }
+  if (i < piece.count) {
+    average_vector<A, P, C, kCompensated>(piece, weight, i, static_cast<int>(piece.count - i));
   }
 }
 
