@@ -75,8 +75,12 @@ Transfer = Annotated[
         help="Unlabelled transfer texts [default: 10000; own data: all].",
     ),
 ]
+Dev = Annotated[
+    int | None, typer.Option(rich_help_panel=SWA, help="Dev examples [default: all; qa: 300].")
+]
 Test = Annotated[
-    int | None, typer.Option(rich_help_panel=SWA, help="Test examples [default: all].")
+    int | None,
+    typer.Option(rich_help_panel=SWA, help="Test examples [default: all; qa: 1000; 20news: 2500]."),
 ]
 Seeds = Annotated[
     str | None, typer.Option(help="Seeds of the students [default: 0,1,2; lm: 0; swa: 0,1,2,3,4].")
@@ -310,6 +314,7 @@ def distill(
     full: Full = False,
     task: Task = None,
     arms: Arms = None,
+    dev: Dev = None,
     test: Test = None,
     transfer_epochs: TransferEpochs = None,
     evaluations: Evaluations = None,

@@ -19,7 +19,7 @@ LABEL_ARMS = ARMS[:2]
 CONVENTIONS = ("paper", "torch")
 # Options of language models, and of the others.
 LM_ONLY = ("tokens", "eval_tokens")
-NOT_LM = ("labels", "transfer", "test")
+NOT_LM = ("labels", "transfer", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SwaConfig(RunConfig):
         student_layers: Layers of it that are fine-tuned; None for all.
         labels: Number of training examples; None for all.
         transfer: Number of unlabelled texts for the teacher; None for all.
+        dev: Number of dev examples; None for all.
         test: Number of test examples; None for all.
         tokens: Training tokens of ``lm``; None for all.
         eval_tokens: Test tokens of ``lm``, half as many dev tokens; None for all.
@@ -67,6 +68,7 @@ class SwaConfig(RunConfig):
     student_layers: tuple[int, ...] | None = None
     labels: int | None = None
     transfer: int | None = None
+    dev: int | None = None
     test: int | None = None
     tokens: int | None = None
     eval_tokens: int | None = None
@@ -97,7 +99,7 @@ class SwaConfig(RunConfig):
     def validate(self) -> None:
         """Raises ``DistillError`` for the first value that breaks its contract."""
         super().validate()
-        self._require_at_least(1, "labels", "transfer", "test", "tokens", "eval_tokens")
+        self._require_at_least(1, "labels", "transfer", "dev", "test", "tokens", "eval_tokens")
         self._require_at_least(1, "teacher_epochs", "transfer_epochs", "evaluations", "patience")
         self._require_at_least(4, "max_length")
         require(self.task in TASKS, "task", f"be one of {', '.join(TASKS)}", repr(self.task))
@@ -149,7 +151,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "20news": {"student_layers": (0, 5), "labels": 6000, "test": 2500},
     "ner": {"labels": 5000, "lr": 2e-4},
     # Two layers of the model learn next to nothing of this.
-    "qa": {"labels": 2000, "test": 1000, "lr": 2e-4, "epochs": 2, "max_length": 192},
+    "qa": {"labels": 2000, "dev": 300, "test": 1000, "lr": 2e-4, "epochs": 2, "max_length": 192},
     "lm": {
         "student_layers": (0, 1, 2, 3),
         "lr": 3e-3,
@@ -160,7 +162,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # How much of the data: all of one's own.
-NUMBERS = ("labels", "transfer", "test", "tokens", "eval_tokens")
+NUMBERS = ("labels", "transfer", "dev", "test", "tokens", "eval_tokens")
 QUICK: dict[str, Any] = {
     "labels": 64,
     "test": 200,

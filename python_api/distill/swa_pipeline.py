@@ -46,6 +46,7 @@ def make_task(
         model=_model_folder(config, notify),
         layers=None if whole else config.student_layers,
         runtime=runtime,
+        dev=config.dev,
         max_length=config.max_length,
         train_embeddings=config.train_embeddings,
         notify=notify,
