@@ -12,6 +12,12 @@ namespace kd {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <typename T>
+const T* data_or_null(const MaybeTensor& x) {
+  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
 
 // A tensor of rows whose columns are contiguous: what every row kernel reads.
 inline void check_rows(const Tensor& x, const char* op, const char* name) {
@@ -22,8 +28,8 @@ inline void check_rows(const Tensor& x, const char* op, const char* name) {
 }
 
 // One value a row, contiguous.
-inline void check_per_row(const std::optional<Tensor>& x, int64_t rows, ScalarType dtype,
-                          const char* op, const char* name) {
+inline void check_per_row(const MaybeTensor& x, int64_t rows, ScalarType dtype, const char* op,
+                          const char* name) {
   if (!x.has_value()) return;
   STD_TORCH_CHECK(x->scalar_type() == dtype, op, ": ", name, " must have dtype ",
                   static_cast<int>(dtype), ", got dtype ", static_cast<int>(x->scalar_type()));

@@ -36,14 +36,8 @@ constexpr int64_t kPiece = 16384;
 // Below this a gradient is left in the cache for whoever reads it next; above, it would only evict.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-using MaybeTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<double>;
-
-template <typename T>
-const T* data_or_null(const MaybeTensor& x) {
-  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
-}
 
 // What the rows of all layers add up to.
 struct Results {

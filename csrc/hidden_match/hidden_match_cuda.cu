@@ -358,14 +358,8 @@ __global__ void __launch_bounds__(kWarpSize) match_loss(const LossCall call) {
 
 // ---- launches -----------------------------------------------------------------------------------
 
-using MaybeTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<double>;
-
-template <typename T>
-const T* data_or_null(const MaybeTensor& x) {
-  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
-}
 
 // What launches leave for the next.
 struct Work {

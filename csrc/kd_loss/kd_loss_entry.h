@@ -108,8 +108,6 @@ void reduce(const KdLossCall& call, const std::vector<RowTerms>& terms, const ac
   out[3] = static_cast<acc_t>(valid);
 }
 
-using MaybeTensor = std::optional<Tensor>;
-
 // What both operators take beside the student and the teacher.
 struct RowInputs {
   const MaybeTensor& labels;       // [rows] int64

@@ -41,8 +41,6 @@ inline RowNumbers row_numbers(const KdLossSpec& spec) {
   return n;
 }
 
-using MaybeTensor = std::optional<Tensor>;
-
 struct Inputs {
   const char* op;
   Tensor student;             // [rows, columns]
@@ -57,11 +55,6 @@ struct Inputs {
   // The row kernel.
   Divergence kind() const { return topk_ids.has_value() ? spec.listed() : spec.divergence; }
 };
-
-template <typename T>
-const T* data_or_null(const MaybeTensor& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
 
 inline void check_list(const Inputs& in) {
   const int64_t rows = in.student.size(0), size = in.topk_ids->size(1);

@@ -27,7 +27,6 @@ namespace {
 constexpr const char* kOp = "relation_match";
 constexpr int64_t kIgnored = -100;  // the label of a row that does not count
 
-using MaybeTensor = std::optional<Tensor>;
 using Numbers = std::vector<double>;
 
 // The numbers of a call, as Numbers of tiles.py.
@@ -226,7 +225,7 @@ double run_head(const HeadsCall& call, int64_t head, std::vector<float>& memory)
   return loss;
 }
 
-float* data_or_null(const MaybeTensor& x) {
+float* result_or_null(const MaybeTensor& x) {
   return x.has_value() ? static_cast<float*>(x->mutable_data_ptr()) : nullptr;
 }
 
@@ -249,22 +248,21 @@ Tensor relation_heads(const Tensor& q, const Tensor& k, const Tensor& teacher_q,
   check_states(teacher_k, q, "teacher");
   STD_TORCH_CHECK(numbers.size() == 6, kOp, ": numbers must be six, got ", numbers.size());
   const auto data = [](const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); };
-  const HeadsCall call{
-      {numbers[0] != 0.0, numbers[1] != 0.0, numbers[2], numbers[3], numbers[4],
-       static_cast<int64_t>(numbers[5]) / 8},
-      q.size(0),
-      q.size(1),
-      {data(q), data(k), data(teacher_q), data(teacher_k)},
-      {q.size(2), k.size(2), teacher_q.size(2), teacher_k.size(2)},
-      labels.has_value() ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr,
-      data_or_null(weights),
-      data_or_null(keys),
-      blocked.has_value() ? static_cast<const bool*>(blocked->const_data_ptr()) : nullptr,
-      data_or_null(grad_q),
-      data_or_null(grad_k),
-      data_or_null(rows),
-      row_spec,
-      denominator};
+  const HeadsCall call{{numbers[0] != 0.0, numbers[1] != 0.0, numbers[2], numbers[3], numbers[4],
+                        static_cast<int64_t>(numbers[5]) / 8},
+                       q.size(0),
+                       q.size(1),
+                       {data(q), data(k), data(teacher_q), data(teacher_k)},
+                       {q.size(2), k.size(2), teacher_q.size(2), teacher_k.size(2)},
+                       data_or_null<int64_t>(labels),
+                       data_or_null<float>(weights),
+                       data_or_null<float>(keys),
+                       data_or_null<bool>(blocked),
+                       result_or_null(grad_q),
+                       result_or_null(grad_k),
+                       result_or_null(rows),
+                       row_spec,
+                       denominator};
   std::vector<double> losses(call.heads);
   torch::stable::parallel_for(0, call.heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory;

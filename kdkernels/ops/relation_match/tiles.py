@@ -26,6 +26,8 @@ from kdkernels.ops.relation_match.spec import Kind, Spec
 # 2284); 2 x 16 heads: 203, 203, 164, 152, 184 (212, 732). Not measured on a GPU.
 _TILE_BYTES = {"cpu": 2 << 20}
 _TILE_BYTES_ELSEWHERE = 256 << 20
+# On a CPU: so many, that threads which begin late leave little to wait for.
+_HEADS_A_THREAD = 4
 # Causal queries of a tile at most: it has the keys up to its last query, so short tiles save work.
 _CAUSAL_ROWS = 128
 _IGNORED = -100
@@ -98,6 +100,10 @@ class Call:
     def groups(self) -> Iterator[_Group]:
         """Packed: without the tokens that do not count, example by example."""
         at_once = max(1, self.tile_bytes // max(8 * self.heads * self.seq * self.seq, 1))
+        if self.by_heads:
+            # Each thread has a tile of its own, whatever the number of heads of a loop.
+            wanted = _HEADS_A_THREAD * torch.get_num_threads()
+            at_once = max(at_once, -(-wanted // self.heads))
         counts = [self.seq] * self.batch
         if self.mask is not None and self.packed:
             counts = self.mask.sum(1).tolist()
