@@ -68,7 +68,7 @@ def compiled(divergence: str, temperature: float, device: str) -> Run | str:
     return run
 
 
-def _absent(package: str, device: str, needs_gpu: bool) -> str | None:
+def absent(package: str, device: str, needs_gpu: bool) -> str | None:
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     if needs_gpu and device != "cuda":
@@ -81,7 +81,7 @@ def liger(divergence: str, temperature: float, device: str) -> Consuming | str:
 
     The cross-entropy writes its gradient over the logits.
     """
-    if reason := _absent("liger_kernel", device, needs_gpu=True):
+    if reason := absent("liger_kernel", device, needs_gpu=True):
         return reason
     from liger_kernel import transformers as kernels
 
@@ -109,7 +109,7 @@ def liger(divergence: str, temperature: float, device: str) -> Consuming | str:
 
 def trl(divergence: str, temperature: float, device: str) -> Run | str:
     """TRL's generalised JSD, which its GKD trainer uses on logits."""
-    if reason := _absent("trl", device, needs_gpu=False):
+    if reason := absent("trl", device, needs_gpu=False):
         return reason
     if divergence == "tvd":
         return "trl has no tvd"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from kdkernels.bench import rivals
 from kdkernels.bench.accuracy import Check, compare
 from kdkernels.bench.cases import Inputs, Run, Setting, TritonCall
 from kdkernels.ops.weight_average import Plan, weight_average_, weight_average_swap_
@@ -35,7 +36,7 @@ class WeightAverageCase:
     divergences = ("ema", "compensated", "swap")
     default_divergences = ("ema",)
     modes = ("forward",)
-    rivals = ("loop", "foreach", "swa_utils")
+    rivals = ("loop", "foreach", "swa_utils", "ema_pytorch")
     row_kernels = ("average_chunks", "average_kernel")
     search_loops = 1  # for the tensor of a chunk
     unchecked: tuple[str, ...] = ()
@@ -76,6 +77,8 @@ class WeightAverageCase:
             return f"{name} has no compensated averages"
         if name == "swa_utils":
             return _swa_utils(setting)
+        if name == "ema_pytorch":
+            return _ema_pytorch(setting)
         lists_of = _Prepared(_rows)
         update = {
             ("ema", "loop"): _loop,
@@ -177,7 +180,7 @@ def _swa_utils(setting: Setting) -> Run | str:
         return "swa_utils keeps averages in the dtype of the parameters"
 
     def prepare(averages: Tensor, params: Tensor) -> tuple[AveragedModel, nn.Module]:
-        kept, model = (nn.ParameterList(xs.unbind()) for xs in (averages, params))
+        kept, model = _modules(averages, params)
         averaged = AveragedModel(nn.Module(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         averaged.module = kept
         averaged.n_averaged.fill_(1)  # 0 copies
@@ -191,6 +194,35 @@ def _swa_utils(setting: Setting) -> Run | str:
         return averages
 
     return run
+
+
+def _ema_pytorch(setting: Setting) -> Run | str:
+    if setting.divergence == "swap":
+        return "ema_pytorch exchanges nothing"
+    if reason := rivals.absent("ema_pytorch", setting.device, needs_gpu=False):
+        return reason
+    from ema_pytorch import EMA
+
+    def prepare(averages: Tensor, params: Tensor) -> Any:
+        kept, model = _modules(averages, params)
+        # A constant decay from the first update on; the average takes any dtype.
+        options = {"beta": DECAY, "min_value": DECAY, "update_after_step": 0, "update_every": 1}
+        ema = EMA(model, kept, use_foreach=True, coerce_dtype=True, **options)
+        ema.initted.fill_(True)
+        ema.step.fill_(10)
+        return ema
+
+    made = _Prepared(prepare)
+
+    def run(averages: Tensor, params: Tensor) -> Tensor:
+        made(averages, params).update()
+        return averages
+
+    return run
+
+
+def _modules(averages: Tensor, params: Tensor) -> tuple[nn.ParameterList, nn.ParameterList]:
+    return nn.ParameterList(averages.unbind()), nn.ParameterList(params.unbind())
 
 
 def _dtypes() -> Iterator[tuple[torch.dtype, torch.dtype, torch.dtype | None]]:
