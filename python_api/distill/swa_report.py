@@ -53,9 +53,13 @@ def _cells(arm: Arm, found: SwaResults) -> tuple[str, ...]:
 
 def _difference_cells(difference: Difference) -> tuple[str, ...]:
     width = "-" if difference.interval is None else f"± {difference.interval:.2f}"
-    p = "-" if difference.p is None else f"{difference.p:.3f}"
+    p = "-" if difference.p is None else _p_text(difference.p).removeprefix("= ")
     names = f"{TITLES[difference.arm]} against {TITLES[difference.against]}"
     return names, f"{difference.mean:+.2f}", width, p
+
+
+def _p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 DIFFERENCE_COLUMNS = ("by seed", "better\nby", "95 %\ninterval", "paired\nt-test, p")
@@ -83,9 +87,11 @@ def findings(found: SwaResults) -> list[str]:
         if difference.p is None:
             sentence += ", of too few seeds to say whether that is chance"
         elif difference.p < SIGNIFICANT:
-            sentence += f", a difference (paired t-test over seeds, p = {difference.p:.3f})"
+            sentence += f", a difference (paired t-test over seeds, p {_p_text(difference.p)})"
         else:
-            sentence += f", not told from chance (paired t-test over seeds, p = {difference.p:.3f})"
+            sentence += (
+                f", not told from chance (paired t-test over seeds, p {_p_text(difference.p)})"
+            )
         sentences.append(sentence + ".")
     for arm in found.trained:
         if arm.averages:
