@@ -354,6 +354,8 @@ def _run(given: dict[str, Any], resume: bool) -> None:
         for key, kind in LISTS.items():
             if key in given:
                 given[key] = _listed(given[key], key.replace("_", "-"), kind)
+        objective = given.get("objective")
+        require(objective not in METHODS, "objective", "be asked for by --method", objective)
         if "method" in given:
             method = given.pop("method")
             require("objective" not in given, "objective", "be left out with --method", method)

@@ -208,7 +208,10 @@ def config_class(objective: object) -> type[RunConfig]:
     kinds: dict[object, type[RunConfig]] = {
         kind.objective: kind for kind in (DistillConfig, LmConfig, SwaConfig)
     }
-    require(objective in kinds, "objective", f"be one of {tuple(kinds)}", repr(objective))
+    named = tuple(
+        kind.objective for kind in kinds.values() if kind.option.startswith("--objective")
+    )
+    require(objective in kinds, "objective", f"be one of {named}", repr(objective))
     return kinds[objective]
 
 

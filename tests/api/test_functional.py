@@ -338,7 +338,11 @@ S, T, Y = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64
         ((S, T, Y), {"backend": ""}, "kd_loss: backend must be one of"),
         ((S, T, Y), {"vocab_size": 5}, "at least 5 classes, got 4"),
         ((S, T, Y), {"shift": 2}, "shift must be 0 or 1, got 2"),
-        ((S, T, Y), {"num_items_in_batch": -1}, "num_items_in_batch must be in .*, got -1"),
+        (
+            (S, T, Y),
+            {"num_items_in_batch": -1},
+            "num_items_in_batch must be finite and 0 or more, got -1",
+        ),
         ((S, T, Y), {"num_items_in_batch": T}, r"must be one number, got shape \[3, 4\]"),
         ((S, T, Y), {"mask": torch.ones(2)}, r"mask must have the leading shape of student \[3\]"),
         ((S, T, Y[:2]), {}, r"labels must be \[3\], got shape \[2\]"),

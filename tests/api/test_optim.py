@@ -484,7 +484,7 @@ REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "count_start must be False for average=None, got True",
     ),
     (lambda: AdamWAverage(P, max_grad_norm=0), ValueError, "max_grad_norm must be positive, got 0"),
-    (lambda: AdamWAverage(P, lr=-1), ValueError, "lr must be in .*, got -1"),
+    (lambda: AdamWAverage(P, lr=-1), ValueError, "lr must be finite and 0 or more, got -1"),
     (lambda: AdamWAverage(P, lr=torch.ones(2)), ValueError, r"lr must be one number, got shape"),
     (lambda: AdamWAverage(P, betas=(0.9, 1.0)), ValueError, "betas must be below 1, got 1.0"),
     (lambda: AdamWAverage(P, betas=(0.9,)), ValueError, "betas must be two numbers, got 1"),
