@@ -760,7 +760,8 @@ RELATION: list[tuple[dict[str, Any], type[Exception], str]] = [
      "'max'"),
     ({"reduction": "none", "num_items_in_batch": 3}, ValueError, "reduction must not be 'none' "
      "with num_items_in_batch, got 'none'"),
-    ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch must be finite and 0 or more, got -1"),
+    ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch must be finite and 0 or more, "
+     "got -1"),
 ]  # fmt: skip
 ATTENTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kind": "cosine"}, ValueError, "kind must be one of mse, kl, got 'cosine'"),
