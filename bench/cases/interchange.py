@@ -35,7 +35,12 @@ class InterchangeCase:
     default_divergences = ("swap",)
     modes = ("forward", "full")
     rivals = ("eager", "where", "compile")
-    row_kernels = ("swap_positions", "interchange_kernel", "interchange_grad_source_kernel")
+    row_kernels = (
+        "swap_positions",
+        "collect_positions",
+        "interchange_kernel",
+        "interchange_grad_source_kernel",
+    )
     unchecked: tuple[str, ...] = ()
     unfused_kernels: tuple[str, ...] = ()
 

@@ -20,7 +20,8 @@ constexpr const char* kOp = "interchange";
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 4;  // of a block; none waits for another
 constexpr int kThreads = kWarps * 32;
-constexpr int kVectors = 4;  // of a lane, all in flight at a time
+constexpr int kBlocksAnSm = 8;  // 64 registers a thread: ptxas spills rather than use more than 48
+constexpr int kVectors = 4;     // of a lane, all in flight at a time
 constexpr int kPiece = 32 * kVectors;
 
 // The positions of a tensor, cut into pieces of kPiece vectors. These lie on the 16-byte
@@ -187,7 +188,7 @@ __device__ __forceinline__ void add_row(const scalar_t* row, int begin, int end,
 // A warp owns a piece of a position of the source and walks over those that read it in their
 // order: no atomics, the same bits every time.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     collect_positions(const GradCall<scalar_t> call, const Pieces<scalar_t> work) {
   constexpr int kSize = kVectorSize<scalar_t>;
   const SwapSizes& n = call.sizes;
@@ -200,26 +201,24 @@ __global__ void __launch_bounds__(kThreads)
   const int shift = misalignment(out);
   const int first = static_cast<int>(item % work.pieces) * kPiece * kSize - shift + lane * kSize;
   float sums[kVectors][kSize] = {};
-  if (call.index.order != nullptr) {
-    const int64_t last = call.index.first[place + 1];
-    for (int64_t i = call.index.first[place]; i < last; ++i) {
-      const int64_t reader = call.index.order[i];
-      add_row<scalar_t>(call.grad.at(reader / n.seq, reader % n.seq), call.begin, call.end, first,
-                        shift, sums);
+  // Those of a turned map, or spans, which may or may not read; the lanes look at 32 of them.
+  const int64_t *order = call.index.order, *list = call.index.first;
+  const int64_t last = order == nullptr ? n.batch : list[place + 1];
+  for (int64_t i = order == nullptr ? 0 : list[place]; i < last; i += 32) {
+    int reader = -1;  // a position of the base
+    if (i + lane < last) {
+      if (order != nullptr) {
+        reader = static_cast<int>(order[i + lane]);
+      } else if (call.index.reads(i + lane, row)) {
+        const int64_t target = call.index.target_of(n, i + lane, at);
+        if (target >= 0) reader = static_cast<int>((i + lane) * n.seq + target);
+      }
     }
-  } else {
-    for (int64_t b = 0; b < n.batch; b += 32) {
-      const int64_t mine = b + lane;
-      int target = -1;
-      if (mine < n.batch && call.index.reads(mine, row)) {
-        target = static_cast<int>(call.index.target_of(n, mine, at));
-      }
-      for (unsigned hits = __ballot_sync(kAllLanes, target >= 0); hits != 0; hits &= hits - 1) {
-        int from = 0;
-        while ((hits >> from & 1u) == 0) ++from;
-        add_row<scalar_t>(call.grad.at(b + from, __shfl_sync(kAllLanes, target, from)), call.begin,
-                          call.end, first, shift, sums);
-      }
+    for (unsigned hits = __ballot_sync(kAllLanes, reader >= 0); hits != 0; hits &= hits - 1) {
+      const int from = __shfl_sync(kAllLanes, reader, __ffs(hits) - 1);
+      const int seq = static_cast<int>(n.seq);
+      add_row<scalar_t>(call.grad.at(from / seq, from % seq), call.begin, call.end, first, shift,
+                        sums);
     }
   }
   const int hidden = static_cast<int>(n.hidden);
@@ -294,6 +293,8 @@ Tensor interchange_grad_source(const Tensor& grad, const std::vector<Tensor>& in
   const SwapSizes n = check_gradient(kOp, grad, rows, positions, begin, end);
   const SwapIndex from = swap_index(kOp, index, n, true);
   Tensor out = torch::stable::new_empty(grad, {rows, positions, n.hidden});
+  STD_TORCH_CHECK(n.batch * n.seq <= INT32_MAX, kOp, ": base must have at most ", INT32_MAX,
+                  " positions, got ", n.batch * n.seq);
   if (rows * positions * n.hidden == 0) return out;
   const LaunchScope scope(grad);
   dispatch_float(grad.scalar_type(), kOp, "grad", [&]<typename scalar_t>() {
