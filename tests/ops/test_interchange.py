@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import sys
 from typing import Any
 
 import pytest
@@ -706,3 +708,9 @@ def test_the_op_checks_its_index() -> None:
     with pytest.raises(ValueError, match=r"index\[1\] must be \[2\] int64 on cpu, got \[2\] torch"):
         op_interchange(B, S, [START, START.int(), START], Mode.SWAP)
     assert "float64" in str(unsupported("triton", B.double()))
+
+
+def test_examples_in_docstrings_run() -> None:
+    # By name: as an attribute of its package the function stands before the module.
+    found = doctest.testmod(sys.modules["kdkernels.api.interchange"])
+    assert found.attempted > 10 and found.failed == 0
