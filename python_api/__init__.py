@@ -28,6 +28,7 @@ from kdkernels.api.functional import (
     topk_kd_loss,
     topk_logprobs,
 )
+from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
 from kdkernels.api.layers import LayerMap, Projections
 from kdkernels.api.methods import SWA
 from kdkernels.api.nn import (
@@ -80,6 +81,9 @@ __all__ = [
     "functional",
     "hidden_match_loss",
     "hidden_match_many",
+    "interchange",
+    "interchange_at",
+    "interchange_subspace",
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",

@@ -15,6 +15,7 @@ from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, chunk_rows_of, kd_spec, number, positive
 from kdkernels.api.hidden import MatchParts, hidden_match_loss, hidden_match_many
+from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
 from kdkernels.api.relations import attention_match_loss, relation_match_loss
 from kdkernels.api.topk import TopK, linear_topk_kd_loss, topk_kd_loss, topk_logprobs
 from kdkernels.ops import linear_kd_loss as linear_op
@@ -28,6 +29,9 @@ __all__ = [
     "confidence_penalty_loss",
     "hidden_match_loss",
     "hidden_match_many",
+    "interchange",
+    "interchange_at",
+    "interchange_subspace",
     "kd_loss",
     "label_smoothing_loss",
     "linear_kd_loss",

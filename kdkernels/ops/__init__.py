@@ -3,6 +3,7 @@
 from kdkernels.ops import (
     adamw_average,
     hidden_match,
+    interchange,
     kd_loss,
     linear_hidden_match,
     linear_kd_loss,
@@ -17,6 +18,7 @@ from kdkernels.ops import (
 __all__ = [
     "adamw_average",
     "hidden_match",
+    "interchange",
     "kd_loss",
     "linear_hidden_match",
     "linear_kd_loss",

@@ -241,6 +241,7 @@ inline float __fadd_rn(float a, float b) {
 }
 inline float __fsub_rn(float a, float b) { return __fadd_rn(a, -b); }
 inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? 0.0f * a : a / b; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
