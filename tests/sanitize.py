@@ -1,7 +1,7 @@
 """The op tests over CPU kernels and emulated CUDA kernels under AddressSanitizer and UBSan.
 
-``make test-sanitize``. Both libraries are built anew, under ``build/sanitize``; the first report
-ends the run.
+``make test-sanitize``. Both libraries are built anew, under ``build/sanitize``; a report ends its
+process, of which there is one for each core, and fails the run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def run_tests(emulated: Path, arguments: list[str]) -> int:
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", *(arguments or TESTS)]
+    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
+    command += ["-m", "not slow", *(arguments or TESTS)]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

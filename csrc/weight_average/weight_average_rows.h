@@ -2,10 +2,6 @@
 
 namespace kd::KD_ISA {
 
-// Bytes by which memory is asked for before it is used: the hardware's own prefetch stops at the
-// end of a page.
-constexpr int64_t kAverageAhead = 8192;
-
 // `lanes` elements from i on. Called with kLanes as a constant, the stores are whole vectors.
 template <typename A, typename P, typename C, bool kCompensated>
 static inline __attribute__((always_inline)) void average_vector(const AveragePiece& piece,
@@ -38,8 +34,6 @@ template <typename A, typename P, typename C, bool kCompensated>
 static void average_piece(const AveragePiece& piece, float weight) {
   int64_t i = 0;
   for (; i + kLanes <= piece.count; i += kLanes) {
-    __builtin_prefetch(piece.average + i * sizeof(A) + kAverageAhead, 1);
-    __builtin_prefetch(piece.param + i * sizeof(P) + kAverageAhead);
     average_vector<A, P, C, kCompensated>(piece, weight, i, kLanes);
   }
   if (i < piece.count) {
