@@ -164,18 +164,18 @@ def _build(
     ]  # fmt: skip
     engine = {f"{name}.o": (HERE / f"{name}.cpp", engine_flags) for name in ("emulation", "memory")}
     objects = []
-    # A folder of its own: two libraries may be built at a time.
+    # A folder of its own: two libraries may be built at a time, and one by two processes.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         for name, (source, flags) in (engine | kernels).items():
             objects.append(str(Path(folder) / name))
             reason = _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
             if reason is not None:
                 return path, reason
-        # Under another name first: a test process may have the old library mapped.
-        fresh = path.with_suffix(".new")
+        # Put into place whole: a test process may have the old library mapped.
+        fresh = Path(folder) / path.name
         reason = _run([compiler, "-shared", *objects, *link, "-o", str(fresh)])
-    if reason is None:
-        fresh.replace(path)
+        if reason is None:
+            fresh.replace(path)
     return path, reason
 
 
