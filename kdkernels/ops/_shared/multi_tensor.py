@@ -8,6 +8,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from kdkernels import _native, _triton
+from kdkernels._op import is_compiling
+
 # The numbers are those of the kernels.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = DTYPES[1:]
@@ -55,6 +58,25 @@ def tables(
             rows.append([*(column[i] if column else 0 for column in columns), sizes[i], chunks])
         made[key] = Table(torch.tensor(rows, dtype=torch.int64).to(device), chunks, places)
     return made
+
+
+def unsupported(
+    backend: str, tensor: Tensor, *others: Tensor, device: str | None = None
+) -> str | None:
+    """Why a backend cannot work on lists of such tensors; ``None`` when it can.
+
+    ``device`` asks about another device type than that of the tensors.
+    """
+    if backend == "reference":
+        return None
+    if tensor.dtype == torch.float64:
+        return "the kernels take float32, bfloat16 and float16, not float64"
+    if is_compiling():
+        return "the kernels go by addresses, which torch.compile does not see"
+    device = device or tensor.device.type
+    if backend == "native":
+        return _native.reason(device)
+    return _triton.reason(device) if backend == "triton" else None
 
 
 def check_dense(op: str, name: str, x: Tensor) -> None:

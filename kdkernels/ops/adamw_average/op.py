@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdkernels import _backend, _checks, _native, _triton
-from kdkernels._op import Primitive, is_compiling
+from kdkernels import _backend, _checks
+from kdkernels._op import Primitive
+from kdkernels.ops._shared.multi_tensor import unsupported
 from kdkernels.ops.adamw_average.plan import OP, Group, Plan
 from kdkernels.ops.adamw_average.reference import Constants, adamw_average_reference
 
@@ -127,25 +128,6 @@ def adamw_average_(
     for param in plan.params:
         # Whoever saved a weight for its backward pass must notice.
         torch.autograd.graph.increment_version(param)
-
-
-def unsupported(
-    backend: str, param: Tensor, *others: Tensor, device: str | None = None
-) -> str | None:
-    """Why a backend cannot run a step of these tensors; ``None`` when it can.
-
-    ``device`` asks about another device type than that of the tensors.
-    """
-    if backend == "reference":
-        return None
-    if param.dtype == torch.float64:
-        return "the kernels take float32, bfloat16 and float16, not float64"
-    if is_compiling():
-        return "the kernels go by addresses, which torch.compile does not see"
-    device = device or param.device.type
-    if backend == "native":
-        return _native.reason(device)
-    return _triton.reason(device) if backend == "triton" else None
 
 
 def _choose(plan: Plan, backend: str | None) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels import _backend, _checks, _native, _triton
-from kdkernels._op import Primitive, is_compiling
+from kdkernels import _backend, _checks
+from kdkernels._op import Primitive
+from kdkernels.ops._shared.multi_tensor import unsupported
 from kdkernels.ops.weight_average.plan import OP, Plan
 from kdkernels.ops.weight_average.reference import swap_reference, weight_average_reference
 
@@ -86,25 +87,6 @@ def weight_average_swap_(plan: Plan, *, back: bool = False, backend: str | None 
     for param in plan.params:
         # Whoever saved a weight for its backward pass must notice.
         torch.autograd.graph.increment_version(param)
-
-
-def unsupported(
-    backend: str, average: Tensor, param: Tensor | None = None, *, device: str | None = None
-) -> str | None:
-    """Why a backend cannot average these tensors; ``None`` when it can.
-
-    ``device`` asks about another device type than that of the tensors.
-    """
-    if backend == "reference":
-        return None
-    if average.dtype == torch.float64:
-        return "the kernels take float32, bfloat16 and float16, not float64"
-    if is_compiling():
-        return "the kernels go by addresses, which torch.compile does not see"
-    device = device or average.device.type
-    if backend == "native":
-        return _native.reason(device)
-    return _triton.reason(device) if backend == "triton" else None
 
 
 def _choose(plan: Plan, backend: str | None) -> str:
