@@ -9,6 +9,7 @@ from kdkernels.api.averaging import WeightAverager, ema_update_, swa_update_
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.capture import Capture
+from kdkernels.api.counterfactual import Counterfactual
 from kdkernels.api.functional import (
     KDParts,
     MatchParts,
@@ -29,6 +30,7 @@ from kdkernels.api.functional import (
     topk_logprobs,
 )
 from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
+from kdkernels.api.intervention import Interchange, Positions, Spans
 from kdkernels.api.layers import LayerMap, Projections
 from kdkernels.api.methods import SWA
 from kdkernels.api.nn import (
@@ -53,8 +55,10 @@ __all__ = [
     "AttentionMatchLoss",
     "Capture",
     "ConfidencePenaltyLoss",
+    "Counterfactual",
     "HiddenMatchLoss",
     "HiddenMatchMany",
+    "Interchange",
     "KDLoss",
     "KDParts",
     "LabelSmoothingLoss",
@@ -62,8 +66,10 @@ __all__ = [
     "LinearKDLoss",
     "LinearTopKKDLoss",
     "MatchParts",
+    "Positions",
     "Projections",
     "RelationMatchLoss",
+    "Spans",
     "TeacherCache",
     "TeacherCacheWriter",
     "TfKDRegLoss",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from kdkernels.api import _sites
+
 __all__ = ["Capture"]
 
 KINDS = ("output", "q", "k", "v")
-# The child by which a wrapper holds the module it wraps: DistributedDataParallel, torch.compile,
-# FullyShardedDataParallel, CheckpointWrapper.
-WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Names of the query, key and value projections of an attention module: BERT and RoBERTa; Llama,
 # Qwen, Mistral, OPT; DistilBERT.
 SEPARATE = (
@@ -90,8 +89,8 @@ class Capture(Mapping[str, Any]):
     def __init__(
         self, model: nn.Module, paths: Sequence[str], what: str | tuple[str, ...] = "output"
     ) -> None:
-        _check_model(model)
-        self._paths = _check_paths(paths)
+        _sites.check_model("Capture", model)
+        self._paths = _sites.check_paths("Capture", "paths", paths)
         self._what = what
         self._kinds = _check_what(what)
         keys = [(path, kind) for path in self._paths for kind in self._kinds]
@@ -108,7 +107,8 @@ class Capture(Mapping[str, Any]):
         self.clear()
         with ExitStack() as stack:  # undone if one of them fails
             for key, (module, extract) in self._sites.items():
-                stack.enter_context(_watched(module, self._recorder(key, extract)))
+                make = partial(_recorded, self._recorder(key, extract))
+                stack.enter_context(_sites.replaced("Capture", module, make))
             self._replaced = stack.pop_all()
         return self
 
@@ -163,7 +163,7 @@ class Capture(Mapping[str, Any]):
             compiling = torch.compiler.is_compiling()
             if not compiling and torch._C._current_graph_task_id() != -1:
                 return  # a backward pass runs: this is the recomputation of a checkpoint
-            tensor = _first_tensor(path, output)
+            tensor = _sites.first_tensor("Capture", path, output)
             if seen:
                 raise RuntimeError(
                     f"Capture: {path} must run once in the block, got a second run: one block a "
@@ -192,49 +192,15 @@ class Capture(Mapping[str, Any]):
         return None
 
 
-@contextmanager
-def _watched(module: nn.Module, record: Callable[[Any], None]) -> Iterator[None]:
-    """Gives the module a ``forward`` that also records.
-
-    A forward hook would be simpler, but a model that torch.compile has compiled without one does
-    not look for it again; it does look for a ``forward`` of the module's own.
-    """
-    own = vars(module).get("forward")
-    original = module.forward
+def _recorded(record: Callable[[Any], None], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` that also records."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         record(output)
         return output
 
-    # Past __setattr__: the wrapper of torch.compile has its own.
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if vars(module).get("forward") is not forward:
-            raise RuntimeError(
-                "Capture: blocks that watch one module must be left in reverse order of entry, got "
-                f"a later change of the forward of a {type(module).__name__}"
-            )
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-def _first_tensor(path: str, output: Any) -> Tensor:
-    first = output
-    if isinstance(output, Mapping):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, tuple | list) and output:
-        first = output[0]
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            f"Capture: output of {path} must be a tensor, or a tuple or mapping that begins with "
-            f"one, got {type(output).__name__}"
-        )
-    return first
+    return forward
 
 
 def _check_graph(path: str, tensor: Tensor) -> None:
@@ -251,28 +217,6 @@ def _check_graph(path: str, tensor: Tensor) -> None:
             )
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"Capture: model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.DataParallel):
-        # Its copies of the modules would call the forward of the first one.
-        raise TypeError("Capture: model must not be DataParallel, use DistributedDataParallel")
-
-
-def _check_paths(paths: object) -> tuple[str, ...]:
-    if isinstance(paths, str) or not isinstance(paths, Sequence):
-        raise TypeError(f"Capture: paths must be a list of names, got {type(paths).__name__}")
-    for path in paths:
-        if not isinstance(path, str):
-            raise TypeError(f"Capture: paths must be names, got {type(path).__name__}")
-    if not paths:
-        raise ValueError("Capture: paths must name at least one submodule, got none")
-    for path in paths:
-        if paths.count(path) > 1:
-            raise ValueError(f"Capture: paths must differ, got {path!r} twice")
-    return tuple(paths)
-
-
 def _check_what(what: object) -> tuple[str, ...]:
     kinds = what if isinstance(what, tuple) else (what,)
     if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
@@ -284,7 +228,7 @@ def _check_what(what: object) -> tuple[str, ...]:
 
 def _site(model: nn.Module, path: str, kind: str) -> tuple[nn.Module, Extract]:
     """The module to watch for a path, and what to take of its output."""
-    module = _submodule(model, path)
+    module = _sites.submodule("Capture", "paths", model, path)
     if kind == "output":
         return module, _whole
     found = {
@@ -300,31 +244,6 @@ def _site(model: nn.Module, path: str, kind: str) -> tuple[nn.Module, Extract]:
             + (f"{len(found)}: {names}" if found else f"none of {LOOKED_FOR}")
         )
     return next(iter(found.values()))
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    """Walks a path as in the model without wrappers; wrappers may also be named."""
-    module = model
-    for part in path.split("."):
-        while module._modules.get(part) is None:
-            wrapped = next((name for name in WRAPPED if name in module._modules), None)
-            if wrapped is None:
-                raise ValueError(
-                    f"Capture: paths must name submodules of {type(model).__name__}, got {path!r}; "
-                    f"nearest: {', '.join(_nearest(model, path)) or 'none'}"
-                )
-            module = getattr(module, wrapped)
-        module = module.get_submodule(part)
-    return module
-
-
-def _nearest(model: nn.Module, path: str) -> list[str]:
-    parts = (name.split(".") for name, _ in model.named_modules() if name)
-    names = [".".join(part for part in name if part not in WRAPPED) for name in parts]
-    # First those below a prefix, as the encoder of a model with a head.
-    below = [name for name in names if name.endswith(f".{path}")]
-    close = difflib.get_close_matches(path, names)
-    return list(dict.fromkeys([*below, *close]))[:3]
 
 
 def _projection(attention: nn.Module, index: int) -> tuple[nn.Module, Extract] | None:
