@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.bench import cases
+from kdkernels.bench import cases, steps
 from kdkernels.bench.accuracy import Check, compare
 from kdkernels.bench.cases import Case, Consuming, Inputs, Run, Setting
 from kdkernels.bench.memory import peaks
@@ -78,7 +78,8 @@ def check(
     case: Case, setting: Setting, shape: tuple[int, int], variant: Run | Consuming
 ) -> list[Check]:
     """Result and gradient of a variant against the reference in float64, on a few rows."""
-    inputs = case.inputs(setting, (min(shape[0], CHECKED_ROWS), shape[1]))
+    rows = getattr(case, "checked_rows", CHECKED_ROWS)
+    inputs = case.inputs(setting, (min(shape[0], rows), shape[1]))
     reference = case.ours(setting, "reference")
     wide = tuple(x.detach().double() if x.is_floating_point() else x for x in inputs)
     for x, source in zip(wide, inputs, strict=True):
@@ -111,14 +112,16 @@ def _mode(
 ) -> list[Row]:
     """Times the variants of one mode, a copy among them."""
     case = cases.load(plan.op)
+    inputs = case.inputs(setting, shape)
     size = shape[0] * shape[1] * setting.dtype.itemsize
+    if plan.op in steps.names():
+        size = sum(x.nbytes for x in inputs)  # its shape is that of a batch, not of a tensor
     launch_bound = size < LAUNCH_BOUND
     ours = [name for name in plan.backends if name in variants]
     memory: dict[str, int] = {}
     if plan.memory and not launch_bound:
         rivals = [name for name in plan.against if name in variants]
         memory = peaks(plan.op, setting, shape, mode, ours, rivals)
-    inputs = case.inputs(setting, shape)
     count = input_sets(sum(x.nbytes for x in inputs), setting.device)
     sets = [inputs, *(case.inputs(setting, shape) for _ in range(count - 1))]
     prepared = {name: preparer(variant, sets, mode) for name, variant in variants.items()}

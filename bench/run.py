@@ -76,7 +76,7 @@ def bench(
         case = cases.load(name)
         plan = Plan(
             op=name,
-            backends=_backends(name, device, _words(backend)),
+            backends=_backends(getattr(case, "op", name), device, _words(backend)),
             against=_rivals(case, against),
             modes=_several("mode", mode, case.modes) or case.modes[-1:],
             seconds=min(seconds, QUICK_SECONDS) if quick else seconds,

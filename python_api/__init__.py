@@ -32,7 +32,16 @@ from kdkernels.api.functional import (
 from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
 from kdkernels.api.intervention import Interchange, Positions, Spans
 from kdkernels.api.layers import LayerMap, Projections
-from kdkernels.api.methods import SWA
+from kdkernels.api.methods import (
+    DIITO,
+    SWA,
+    AlignedLayers,
+    Alignment,
+    DIITOParts,
+    masked_positions,
+    sample_positions,
+    sample_spans,
+)
 from kdkernels.api.nn import (
     AttentionMatchLoss,
     ConfidencePenaltyLoss,
@@ -50,12 +59,16 @@ from kdkernels.api.nn import (
 from kdkernels.api.optim import AdamWAverage
 
 __all__ = [
+    "DIITO",
     "SWA",
     "AdamWAverage",
+    "AlignedLayers",
+    "Alignment",
     "AttentionMatchLoss",
     "Capture",
     "ConfidencePenaltyLoss",
     "Counterfactual",
+    "DIITOParts",
     "HiddenMatchLoss",
     "HiddenMatchMany",
     "Interchange",
@@ -94,10 +107,13 @@ __all__ = [
     "label_smoothing_loss",
     "linear_kd_loss",
     "linear_topk_kd_loss",
+    "masked_positions",
     "multi_teacher_kd_loss",
     "nn",
     "optim",
     "relation_match_loss",
+    "sample_positions",
+    "sample_spans",
     "swa_update_",
     "tfkd_reg_loss",
     "tfkd_self_loss",

@@ -134,3 +134,20 @@ def _nearest(model: nn.Module, path: str) -> list[str]:
     below = [name for name in names if name.endswith(f".{path}")]
     close = difflib.get_close_matches(path, names)
     return list(dict.fromkeys([*below, *close]))[:3]
+
+
+def layers_of(name: str, argument: str, model: nn.Module) -> list[str]:
+    """Paths of the layers of a model of transformers: its one list of ``num_hidden_layers``."""
+    inner = unwrapped(model)
+    depth = getattr(getattr(inner, "config", None), "num_hidden_layers", None)
+    found = [
+        path
+        for path, module in inner.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{name}: {argument} must have one list of config.num_hidden_layers layers, got "
+            f"{len(found)} in a {type(inner).__name__}"
+        )
+    return [f"{found[0]}.{layer}" for layer in range(len(inner.get_submodule(found[0])))]

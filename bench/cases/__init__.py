@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdkernels.bench import steps
 from kdkernels.bench.accuracy import Check
 
 Inputs = tuple[Tensor, ...]
@@ -98,12 +99,13 @@ def names() -> list[str]:
 
 
 def load(op: str) -> Case:
-    """The case of an op.
+    """The case of an op, or of a training step (``kdkernels.bench.steps``).
 
     Raises:
         ValueError: there is none.
     """
-    if op not in names():
-        raise ValueError(f"bench: op must be one of {', '.join(names())}, got {op!r}")
-    case: Case = importlib.import_module(f"{__name__}.{op}").CASE
+    folders = {**dict.fromkeys(names(), __name__), **dict.fromkeys(steps.names(), steps.__name__)}
+    if op not in folders:
+        raise ValueError(f"bench: op must be one of {', '.join(folders)}, got {op!r}")
+    case: Case = importlib.import_module(f"{folders[op]}.{op}").CASE
     return case

@@ -1,5 +1,17 @@
 """The published methods, one module each."""
 
+from kdkernels.api.methods.alignment import AlignedLayers, Alignment
+from kdkernels.api.methods.diito import DIITO, DIITOParts
+from kdkernels.api.methods.spans import masked_positions, sample_positions, sample_spans
 from kdkernels.api.methods.swa import SWA
 
-__all__ = ["SWA"]
+__all__ = [
+    "DIITO",
+    "SWA",
+    "AlignedLayers",
+    "Alignment",
+    "DIITOParts",
+    "masked_positions",
+    "sample_positions",
+    "sample_spans",
+]
