@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels info | verify | bench | distill | cache``.
+"""The command line: ``kdkernels info | verify | bench | distill | finetune | cache``.
 
 Every command lives in a file of its own that imports what it needs when it runs: ``kdkernels info``
 loads no transformers and no Triton.
@@ -12,6 +12,7 @@ import typer
 
 from kdkernels.api.cli.cache import app as cache
 from kdkernels.api.cli.distill import distill
+from kdkernels.api.cli.finetune import finetune
 from kdkernels.api.cli.info import info
 from kdkernels.api.cli.verify import verify
 from kdkernels.bench.run import bench
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused kernels for knowledge distillation of language models.",
 )
-for command in (info, verify, bench, distill):
+for command in (info, verify, bench, distill, finetune):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

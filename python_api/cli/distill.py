@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+from kdkernels.api.cli.runs import one_sentence, parse_lists
+
 METHODS = ("swa",)
 # Options that are lists with commas.
 LISTS: dict[str, Callable[[str], Any]] = {
@@ -216,7 +216,9 @@ Task = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=SWA,
-        help="sentiment, r8, r52, 20news (topics), ner, qa or lm [default: sentiment].",
+        help="sentiment, r8, r52, 20news (topics), ner, qa, lm, or of GLUE cola, sst-2, mrpc, qqp, "
+        "sts-b, mnli, qnli, rte, wnli, with the folder of its files as --data "
+        "[default: sentiment].",
     ),
 ]
 Arms = Annotated[
@@ -347,15 +349,15 @@ def _run(given: dict[str, Any], resume: bool) -> None:
     """Runs the distillation; a failure is one sentence and an exit code."""
     from rich.console import Console
 
-    from kdkernels.api.distill.errors import DistillError, require
-
     console = Console()
-    try:
-        for key, kind in LISTS.items():
-            if key in given:
-                given[key] = _listed(given[key], key.replace("_", "-"), kind)
+    with one_sentence("distill"):
+        from kdkernels.api.distill.errors import require
+
+        parse_lists(given, LISTS)
         objective = given.get("objective")
         require(objective not in METHODS, "objective", "be asked for by --method", objective)
+        contract = "be asked for by kdkernels finetune"
+        require(objective != "finetune", "objective", contract, objective)
         if "method" in given:
             method = given.pop("method")
             require("objective" not in given, "objective", "be left out with --method", method)
@@ -364,29 +366,3 @@ def _run(given: dict[str, Any], resume: bool) -> None:
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)
-    except ModuleNotFoundError as error:
-        typer.echo(
-            f"distill: the package {error.name} must be installed, got none; "
-            "run `pip install 'kdkernels[distill]'`",
-            err=True,
-        )
-        raise typer.Exit(EXIT_FAILED) from error
-    except DistillError as error:
-        typer.echo(f"distill: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from error
-    except KeyboardInterrupt as error:
-        typer.echo("distill: stopped; the same command with --resume continues", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from error
-
-
-def _listed(listed: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Parses ``0,1,2``."""
-    from kdkernels.api.distill.errors import DistillError
-
-    try:
-        return tuple(kind(item) for item in listed.split(","))
-    except ValueError as error:
-        words = "integers" if kind is int else "numbers"
-        raise DistillError(
-            f"{option} must be {words} separated by commas, got {listed!r}"
-        ) from error

@@ -43,6 +43,8 @@ class RunConfig:
     objective: ClassVar[str]
     # How a command asks for it.
     option: ClassVar[str]
+    # Keys of the configuration it is derived from that mean nothing to it.
+    unused: ClassVar[frozenset[str]] = frozenset()
 
     name: str = "demo"
     out: str = "runs"
@@ -202,11 +204,12 @@ def option_name(key: str) -> str:
 
 def config_class(objective: object) -> type[RunConfig]:
     """The kind of configuration that an objective has."""
-    from kdkernels.api.distill.lm_config import LmConfig  # they import this module
+    from kdkernels.api.distill.finetune_config import FinetuneConfig  # they import this module
+    from kdkernels.api.distill.lm_config import LmConfig
     from kdkernels.api.distill.swa_config import SwaConfig
 
     kinds: dict[object, type[RunConfig]] = {
-        kind.objective: kind for kind in (DistillConfig, LmConfig, SwaConfig)
+        kind.objective: kind for kind in (DistillConfig, LmConfig, SwaConfig, FinetuneConfig)
     }
     named = tuple(
         kind.objective for kind in kinds.values() if kind.option.startswith("--objective")
@@ -226,7 +229,7 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     """
     values = dict(given)
     kind = config_class(values.pop("objective", DistillConfig.objective))
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = _keys(kind)
     for key, value in values.items():
         contract = f"be left out with {kind.option}"
         require(key in known, option_name(key), contract, value)
@@ -234,6 +237,11 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     _check_types(config)
     config.validate()
     return config
+
+
+def _keys(kind: type[RunConfig]) -> set[str]:
+    """What a configuration of this kind may be given."""
+    return {field.name for field in dataclasses.fields(kind)} - kind.unused
 
 
 # Lists that a configuration may hold: what they are called, and the types of their items.
@@ -269,6 +277,7 @@ def to_yaml(config: RunConfig) -> str:
     values = {"objective": config.objective} | {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(config).items()
+        if key not in config.unused
     }
     return str(yaml.safe_dump(values, sort_keys=False))
 
@@ -290,7 +299,7 @@ def from_yaml(text: str) -> RunConfig:
     require(isinstance(values, dict), "config.yaml", "hold keys and values", type(values).__name__)
     # Runs from before there were several objectives do not name theirs.
     kind = config_class(values.pop("objective", DistillConfig.objective))
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = _keys(kind)
     unknown = sorted(set(values) - known)
     require(not unknown, "config.yaml", "hold known keys only", unknown)
     for key, value in values.items():

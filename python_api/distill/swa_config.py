@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from kdkernels.api.distill.config import RunConfig, option_name
 from kdkernels.api.distill.errors import require
+from kdkernels.api.distill.glue import TASKS as GLUE
 from kdkernels.api.distill.topics import SETS
 
 CLASSIFICATION = ("sentiment", *SETS)
-TASKS = (*CLASSIFICATION, "ner", "qa", "lm")
+TASKS = (*CLASSIFICATION, "ner", "qa", "lm", *GLUE)
 ARMS = ("ft", "swa", "kd", "kd-swa")
 # From labels alone.
 LABEL_ARMS = ARMS[:2]
@@ -27,9 +28,9 @@ class SwaConfig(RunConfig):
     """Everything that determines a run of ``--method swa``.
 
     Attributes:
-        task: ``sentiment``, ``r8``, ``r52``, ``20news``, ``ner``, ``qa`` or ``lm``.
+        task: ``sentiment``, ``r8``, ``r52``, ``20news``, ``ner``, ``qa``, ``lm``, or one of GLUE's.
         data: The user's own: texts (``sentiment``), CoNLL columns (``ner``), SQuAD's JSON (``qa``),
-            plain text (``lm``).
+            plain text (``lm``); the folder of GLUE's files for its tasks.
         arms: Some of ``ft``, ``swa``, ``kd``, ``kd-swa``; none: all that the task has.
         epochs: Epochs over the labelled data.
         transfer_epochs: Epochs over the transfer texts, of the arms with a teacher.
@@ -55,6 +56,7 @@ class SwaConfig(RunConfig):
 
     objective: ClassVar[str] = "swa"
     option: ClassVar[str] = "--method swa"
+    tasks: ClassVar[tuple[str, ...]] = TASKS
 
     name: str = "swa"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -86,12 +88,12 @@ class SwaConfig(RunConfig):
     def presets(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The sizes of a task, without data of one's own; those of a quick run."""
         task = given.get("task", cls.task)
-        require(task in TASKS, "task", f"be one of {', '.join(TASKS)}", repr(task))
-        found = dict(TASK_DEFAULTS[task])
+        require(task in cls.tasks, "task", f"be one of {', '.join(cls.tasks)}", repr(task))
+        found = dict(TASK_DEFAULTS.get(task, {}))
         if given.get("data") is not None:
             found = {key: value for key, value in found.items() if key not in NUMBERS}
         if given.get("quick"):
-            found |= QUICK_LM if task == "lm" else QUICK
+            found |= QUICK_LM if task == "lm" else QUICK_GLUE if task in GLUE else QUICK
             if "transfer" in found:
                 found["transfer"] = QUICK_TRANSFER
         return found
@@ -102,19 +104,25 @@ class SwaConfig(RunConfig):
         self._require_at_least(1, "labels", "transfer", "dev", "test", "tokens", "eval_tokens")
         self._require_at_least(1, "teacher_epochs", "transfer_epochs", "evaluations", "patience")
         self._require_at_least(4, "max_length")
-        require(self.task in TASKS, "task", f"be one of {', '.join(TASKS)}", repr(self.task))
+        known = f"be one of {', '.join(self.tasks)}"
+        require(self.task in self.tasks, "task", known, repr(self.task))
         require(0 < self.teacher_lr < 1, "teacher-lr", "lie between 0 and 1", self.teacher_lr)
         for key in NOT_LM if self.task == "lm" else LM_ONLY:
             value = getattr(self, key)
             require(value is None, option_name(key), f"be left out with --task {self.task}", value)
-        for key, found in (("data", Path.is_file), ("model", Path.is_dir)):
-            path = getattr(self, key)
-            require(path is None or found(Path(path)), key, "exist", path)
+        require(self.model is None or Path(self.model).is_dir(), "model", "exist", self.model)
         self._check_data()
         self._check_arms()
         self._check_averaging()
 
     def _check_data(self) -> None:
+        if self.task in GLUE:
+            contract = f"name the folder of GLUE's files for --task {self.task}"
+            fetched = self.data is None and self.task == "sts-b"
+            found = self.data is not None and Path(self.data).is_dir()
+            require(fetched or found, "data", contract, self.data or "none")
+            return
+        require(self.data is None or Path(self.data).is_file(), "data", "exist", self.data)
         own = self.data is None or self.task not in SETS
         require(own, "data", f"be left out with --task {self.task}", self.data)
 
@@ -172,4 +180,6 @@ QUICK: dict[str, Any] = {
     "evaluations": 2,
 }
 QUICK_TRANSFER = 128
+# WNLI has 71 test pairs.
+QUICK_GLUE: dict[str, Any] = QUICK | {"test": 64}
 QUICK_LM: dict[str, Any] = {"tokens": 1024, "eval_tokens": 512, "seeds": (0,), "evaluations": 2}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kdkernels.api.distill import fetch, lm_models, swa_report, swa_results, swa_train
 from kdkernels.api.distill.data import Limits
+from kdkernels.api.distill.glue import TASKS as GLUE
+from kdkernels.api.distill.glue import find_files
 from kdkernels.api.distill.lm_data import WIKITEXT2_NAME
 from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.pipeline import TEACHER_SEED
@@ -28,6 +30,7 @@ from kdkernels.api.distill.tasks import (
     LanguageModelTask,
     conll2003_task,
     conll_task,
+    glue_task,
     sentiment_task,
     shifts_task,
     squad_task,
@@ -73,12 +76,19 @@ def _make(config: SwaConfig, options: TaskOptions) -> Task[Any]:
         return conll2003_task(limited) if own is None else conll_task(limited, own)
     if config.task == "qa":
         return shifts_task(limited) if own is None else squad_task(limited, own)
+    if config.task in GLUE:
+        return glue_task(limited, config.task, own)
     if config.task in SETS:
         return topic_task(limited, config.task)
     if own is None:
         return sentiment_task(replace(options, test=config.test), config.labels, config.transfer)
     limits = Limits(config.labels, config.transfer, config.test, exact=not config.quick)
     return ClassificationTask(options, load_own(own, limits))
+
+
+def data_files(task: str, data: Path) -> list[Path]:
+    """The files that a task reads of the user's own data."""
+    return find_files(task, data) if task in GLUE else [data]
 
 
 def arms_of(config: SwaConfig, task: Task[Any]) -> tuple[str, ...]:
@@ -137,7 +147,8 @@ class SwaPipeline:
         """Raises when the examples are not those the run began with."""
         digest = hashlib.sha256(self.task.source.encode())
         if self.config.data is not None:  # what is downloaded is checked by its own sum
-            digest.update(Path(self.config.data).read_bytes())
+            for path in data_files(self.config.task, Path(self.config.data)):
+                digest.update(path.read_bytes())
         self._units.check_data(digest.hexdigest(), self.config.data)
 
     def _teacher(self, unit: str, bar: Bar) -> dict[str, Any]:

@@ -36,7 +36,13 @@ SIGNIFICANT = 0.05
 def _columns(found: SwaResults) -> tuple[str, ...]:
     others = [f"test\n{name}" for name in _others(found)]
     metric = found.metric
-    return ("model", f"test\n{metric}", *others, f"dev\n{metric}", "not\naveraged", "models")
+    averages = ("not\naveraged", "models") if _averaged(found) else ()
+    return ("model", f"test\n{metric}", *others, f"dev\n{metric}", *averages)
+
+
+def _averaged(found: SwaResults) -> bool:
+    """Whether any arm has averages."""
+    return any(arm.averages for arm in found.arms)
 
 
 def _others(found: SwaResults) -> list[str]:
@@ -48,7 +54,8 @@ def _cells(arm: Arm, found: SwaResults) -> tuple[str, ...]:
     others = [mean_text(arm.other(name)) for name in _others(found)]
     live = mean_text(arm.of("live", "test")) if arm.averages else "-"
     count = str(next(iter(arm.units[0]["models"].values()))) if arm.averages else "-"
-    return (arm.title, mean_text(arm.test), *others, mean_text(arm.of("kept", "dev")), live, count)
+    averages = (live, count) if _averaged(found) else ()
+    return (arm.title, mean_text(arm.test), *others, mean_text(arm.of("kept", "dev")), *averages)
 
 
 def _difference_cells(difference: Difference) -> tuple[str, ...]:
@@ -110,10 +117,12 @@ def findings(found: SwaResults) -> list[str]:
 
 def show(console: Console, folder: Path, found: SwaResults) -> None:
     """Prints the tables and where everything lies."""
-    title = f"{found.metric} by arm (seeds: {len(found.trained[0].units)})"
+    what = "fine-tuning" if found.plain else f"{found.metric} by arm"
+    title = f"{what} (seeds: {len(found.trained[0].units)})"
     console.print(rich_table(title, _columns(found), [_cells(a, found) for a in found.arms]))
     differences = [_difference_cells(difference) for difference in found.differences]
-    console.print(rich_table("differences", DIFFERENCE_COLUMNS, differences))
+    if differences:
+        console.print(rich_table("differences", DIFFERENCE_COLUMNS, differences))
     columns, lines = _sweep(found)
     if lines:
         console.print(rich_table("averages of the same trainings", columns, lines))
@@ -127,19 +136,14 @@ def markdown(config: SwaConfig, found: SwaResults, task: Task[Any], runtime: Run
     each = "\n".join(
         f"- {arm.title}: " + ", ".join(f"{value:.2f}" for value in arm.test) for arm in found.arms
     )
-    rate = config.lr if config.swa_lr is None else config.swa_lr
-    first = f"{config.swa_start[0]:g} of the training, every {config.swa_every[0]} steps"
-    counted = "counts" if config.convention == "paper" else "does not count"
+    differences = [_difference_cells(difference) for difference in found.differences]
     columns, lines = _sweep(found)
     parts = [
-        f"# Weight averaging, run `{config.name}`",
+        f"# {'Fine-tuning' if found.plain else 'Weight averaging'}, run `{config.name}`",
         markdown_table(_columns(found), [_cells(arm, found) for arm in found.arms]),
         f"Mean and standard deviation over seeds {', '.join(map(str, config.seeds))}. Peak "
-        f"learning rate {config.lr:g}. Fine-tuning and distilled: linear decay to zero. SWA: a "
-        f"constant {rate:g} while averaging, from {first}; the model at the start {counted}. "
-        "*Not averaged* are the last weights of the same training; *models*: how many are in the "
-        "average.",
-        markdown_table(DIFFERENCE_COLUMNS, [_difference_cells(d) for d in found.differences]),
+        f"learning rate {config.lr:g}. {_schedules(config, found)}",
+        markdown_table(DIFFERENCE_COLUMNS, differences) if differences else "",
         "\n".join(findings(found)),
         "![Dev figures while training, and test figures](curves.png)",
         f"Test figure of each seed:\n\n{each}",
@@ -150,6 +154,20 @@ def markdown(config: SwaConfig, found: SwaResults, task: Task[Any], runtime: Run
         *closing(task.licences, config, found.phases, runtime),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _schedules(config: SwaConfig, found: SwaResults) -> str:
+    """How the learning rate went, and what the columns about averages are."""
+    if not _averaged(found):
+        return "Linear decay to zero."
+    rate = config.lr if config.swa_lr is None else config.swa_lr
+    first = f"{config.swa_start[0]:g} of the training, every {config.swa_every[0]} steps"
+    counted = "counts" if config.convention == "paper" else "does not count"
+    return (
+        f"Fine-tuning and distilled: linear decay to zero. SWA: a constant {rate:g} while "
+        f"averaging, from {first}; the model at the start {counted}. *Not averaged* are the last "
+        "weights of the same training; *models*: how many are in the average."
+    )
 
 
 def write(

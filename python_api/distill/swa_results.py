@@ -107,6 +107,11 @@ class SwaResults:
         return next((arm for arm in self.arms if arm.name == name), None)
 
     @property
+    def plain(self) -> bool:
+        """Whether all there is is fine-tuning."""
+        return [arm.name for arm in self.arms] == ["ft"]
+
+    @property
     def trained(self) -> list[Arm]:
         """The arms, without the teacher."""
         return [arm for arm in self.arms if arm.name != TEACHER]
@@ -174,6 +179,7 @@ def as_json(found: SwaResults) -> dict[str, Any]:
         "arms": {
             arm.name: {
                 "test": arm.test,
+                "figures": {name: arm.other(name) for name in arm.units[0]["kept"]["test"]},
                 "dev": arm.of("kept", "dev"),
                 "live_test": arm.of("live", "test"),
                 "averages": {

@@ -58,18 +58,27 @@ def inference_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 
 def collate(
-    ids: Sequence[Sequence[int]], rows: Sequence[int], pad_id: int, device: torch.device
+    ids: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    pad_id: int,
+    device: torch.device,
+    types: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Pads the chosen rows to the longest of them.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, int64 ``[len(rows), longest]``, ready for a model.
+        ``input_ids`` and ``attention_mask``, with ``types`` ``token_type_ids`` as well, int64
+        ``[len(rows), longest]``, ready for a model.
     """
     longest = max(len(ids[row]) for row in rows)
     padding = [longest - len(ids[row]) for row in rows]
     input_ids = [[*ids[row], *[pad_id] * pad] for row, pad in zip(rows, padding, strict=True)]
     mask = [[1] * (longest - pad) + [0] * pad for pad in padding]
-    return {
+    batch = {
         "input_ids": torch.tensor(input_ids, device=device),
         "attention_mask": torch.tensor(mask, device=device),
     }
+    if types is not None:
+        padded = [[*types[row], *[0] * pad] for row, pad in zip(rows, padding, strict=True)]
+        batch["token_type_ids"] = torch.tensor(padded, device=device)
+    return batch

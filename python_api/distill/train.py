@@ -288,6 +288,7 @@ def predict(
     runtime: Runtime,
     pad_id: int,
     on_batch: Callable[[int], None] | None = None,
+    types: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Computes the logits of tokenised texts.
 
@@ -297,6 +298,7 @@ def predict(
         runtime: Device and precision.
         pad_id: Padding token of the model's tokenizer.
         on_batch: Called with the number of texts of each finished batch.
+        types: Which text each token is of, where there are several.
 
     Returns:
         fp32 logits ``[texts, classes]`` on the CPU, in the order of ``ids``.
@@ -305,7 +307,7 @@ def predict(
     logits = torch.empty(len(ids), model.config.num_labels)
     for rows in inference_batches([len(row) for row in ids], INFERENCE_BATCH):
         with runtime.autocast():
-            out = model(**collate(ids, rows, pad_id, runtime.device)).logits
+            out = model(**collate(ids, rows, pad_id, runtime.device, types)).logits
         logits[rows] = out.float().cpu()
         if on_batch is not None:
             on_batch(len(rows))

@@ -34,7 +34,7 @@ class EncoderTask:
     def new_model(self, seed: int) -> Any:
         """The pretrained model before training; its head depends on the seed alone."""
         options = self.options
-        model = models.load_headed(options.model, self.heading, "model", seed)
+        model = models.load_headed(options.model, self.heading, "model", seed, other_classes=True)
         if options.layers is not None:
             model = models.cut_model(model, options.layers)
         models.disable_dropout(model)
