@@ -1,8 +1,8 @@
 """A step of causal distillation of a masked language model: BERT-base to six layers of it.
 
 Against the scheme of the released code in eager PyTorch: three whole passes of either model, losses
-on what ``masked_select`` copies of full logits. Its swaps are one indexing a layer here, where the
-release makes one for each head.
+on what ``masked_select`` copies of full logits, states of the source from the input of a layer. Its
+swaps are one indexing a layer here, where the release makes one for each head.
 """
 
 from __future__ import annotations
@@ -93,9 +93,13 @@ class DiitoStepCase:
         index = torch.stack(spans[:3])
         data = (ids, mask, labels, source, source_mask, index)
         models = self._made(sizes)
-        parameters = (p.detach().clone() for p in models.student.parameters())
+        # The softmax does not see the bias of keys: its gradient is rounding and nothing else.
+        parameters = (
+            p.detach().clone().to(setting.device).requires_grad_(not name.endswith("key.bias"))
+            for name, p in models.student.named_parameters()
+        )
         return (
-            *(p.to(setting.device).requires_grad_() for p in parameters),
+            *parameters,
             *(x.to(setting.device) for x in data),
         )
 
@@ -163,7 +167,7 @@ def _ours(
     index: Tensor,
 ) -> Tensor:
     with kdkernels.use_backend(backend):
-        diito = kdkernels.DIITO(models.student, models.teacher, "single_middle")
+        diito = kdkernels.DIITO(models.student, models.teacher, index_mode="release")
         base = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         other = {"input_ids": source, "attention_mask": source_mask}
         loss: Tensor = diito(base, other, where=kdkernels.Spans(*index.unbind()))
@@ -189,7 +193,7 @@ def _released(
         site = layers[len(layers) // 2]
         base = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         taken: list[Tensor] = []
-        hook = site.register_forward_hook(lambda module, args, output: taken.append(output))
+        hook = site.register_forward_hook(lambda module, args, output: taken.append(args[0]))
         model(input_ids=source, attention_mask=source_mask)
         hook.remove()
 
