@@ -18,7 +18,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file
 
-from kdkernels.api.distill import swa_results, swa_train
+from kdkernels.api.distill import arm_results, swa_train
 from kdkernels.api.distill.config import from_yaml
 from kdkernels.api.distill.results import unit_name
 from kdkernels.api.distill.swa_config import ARMS, SwaConfig
@@ -104,7 +104,7 @@ def test_report_says_what_the_units_say(finished_swa: Path) -> None:
     found = results(finished_swa)
     for arm in ARMS:
         values = [found[unit_name(arm, seed)]["kept"]["test"][ACCURACY] for seed in (0, 1)]
-        assert f"| {swa_results.TITLES[arm]} | {swa_results.mean_text(values)} |" in report
+        assert f"| {arm_results.TITLES[arm]} | {arm_results.mean_text(values)} |" in report
     assert "SWA against fine-tuning" in report and "distilled, SWA against distilled" in report
     assert "start 0.25, K 3" in report and "SWA: best on dev is start" in report
     kept = json.loads((finished_swa / "results.json").read_text())

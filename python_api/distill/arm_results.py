@@ -1,4 +1,4 @@
-"""What a run with stochastic weight averaging found, gathered from its completed units."""
+"""What a run that compares arms found, gathered from its completed units."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class SwaResults:
+class ArmResults:
     """Everything the tables, the picture and the report show."""
 
     arms: list[Arm]
@@ -151,7 +151,7 @@ def gather(
     seeds: Sequence[int],
     metric: str,
     higher_is_better: bool,
-) -> SwaResults:
+) -> ArmResults:
     """Builds the results from the units' result files.
 
     Args:
@@ -169,10 +169,10 @@ def gather(
         chosen = [units[unit_name(name, seed)] for seed in seeds]
         found.append(Arm(name, metric, chosen))
         phases[TITLES[name]] = sum(unit["seconds"] for unit in chosen)
-    return SwaResults(found, higher_is_better, phases, units["student"]["best"])
+    return ArmResults(found, higher_is_better, phases, units["student"]["best"])
 
 
-def as_json(found: SwaResults) -> dict[str, Any]:
+def as_json(found: ArmResults) -> dict[str, Any]:
     """The results for ``results.json``."""
     return {
         "metric": found.metric,
