@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 # The child by which a wrapper holds the module it wraps: DistributedDataParallel, torch.compile,
 # FullyShardedDataParallel, CheckpointWrapper.
 WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 Forward = Callable[..., Any]
+# What transformers' layers checkpoint themselves with.
+CHECKPOINT = "_gradient_checkpointing_func"
 
 
 @contextmanager
@@ -28,22 +34,56 @@ def replaced(name: str, module: nn.Module, make: Callable[[Forward], Forward]) -
         module: The module.
         make: Returns the new ``forward``, given the old one.
     """
-    own = vars(module).get("forward")
-    forward = make(module.forward)
+    # Layers of transformers before 5.23 checkpoint their whole __call__, with the forward in it.
+    outside = checkpointed(module) and type(module).__call__ is not nn.Module.__call__
+    place = CHECKPOINT if outside else "forward"
+    own, original = vars(module).get(place), getattr(module, place)
+    function = partial(_checkpointing, make, original) if outside else make(original)
     # Past __setattr__: the wrapper of torch.compile has its own.
-    vars(module)["forward"] = forward
+    vars(module)[place] = function
     try:
         yield
     finally:
-        if vars(module).get("forward") is not forward:
+        if vars(module).get(place) is not function:
             raise RuntimeError(
                 f"{name}: blocks that watch one module must be left in reverse order of entry, got "
                 f"a later change of the forward of a {type(module).__name__}"
             )
         if own is None:
-            del vars(module)["forward"]
+            del vars(module)[place]
         else:
-            vars(module)["forward"] = own
+            vars(module)[place] = own
+
+
+def checkpointed(module: nn.Module) -> bool:
+    """Whether it is a layer of transformers that checkpoints itself now."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return (
+        "GradientCheckpointingLayer" in kinds
+        and module.training
+        and bool(getattr(module, "gradient_checkpointing", False))
+    )
+
+
+def in_reentrant() -> bool:
+    """Whether the forward pass of a reentrant checkpoint runs, which builds no graph."""
+    frame = None if torch.is_grad_enabled() else sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _checkpointing(
+    make: Callable[[Forward], Forward], checkpoint: Forward, call: partial[Any], *args: Any
+) -> Any:
+    """A layer's function that checkpoints its call, with another forward around both."""
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(call.func, **kwargs), *args)
+
+    return make(original)(*args, **call.keywords)
 
 
 def first_tensor(name: str, path: str, output: Any) -> Tensor:

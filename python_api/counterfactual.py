@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kdkernels.api import _sites
 from kdkernels.api._spec import choice
@@ -46,7 +47,9 @@ class Counterfactual:
         TypeError: as :class:`kdkernels.Interchange`.
         ValueError: as :class:`kdkernels.Interchange`; with ``reuse``, sites outside of a list of
             layers or in different ones.
-        RuntimeError: runs in a wrong order; a site that did not run.
+        RuntimeError: runs in a wrong order; a site that did not run; a layer that runs twice; with
+            ``reuse``, layers that do not run in the order of their list; a later operation that
+            overwrites in place what the runs need.
 
     Note:
         In evaluation mode, and wherever nothing is random, the result is the same to the bit as
@@ -57,8 +60,9 @@ class Counterfactual:
 
         A layer that is not computed returns what it returned in the base run, so hidden states in
         the output are those of the counterfactual run. The source run calls the model without its
-        wrappers, and under ``torch.compile`` without compiled code; FSDP2's is run to the end. No
-        run should fill a key-value cache (``use_cache=False``).
+        wrappers, and under ``torch.compile`` without compiled code; FSDP's is run to the end. No
+        run should fill a key-value cache (``use_cache=False``). Overwriting in place is not noticed
+        under ``torch.compile`` and ``torch.inference_mode``.
 
     References:
         Wu et al., Causal Distillation for Language Models, arXiv 2112.02505.
@@ -106,26 +110,24 @@ class Counterfactual:
         # Lists of no or one output, as torch.compile traces what fills them.
         self._outputs: list[list[Any]] = []
         self._taken = {run: {site.path: [] for site in self._sites} for run in FROM}
+        self._versions: dict[str, list[tuple[Tensor, int]]] = {r: [] for r in ("layers", *FROM)}
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model on the base, keeps what the other runs need; returns its output."""
         self.clear()
         with ExitStack() as stack:
             if self._reuse:
-                self._outputs = [[] for _ in self._skipped()]
-                for module, seen in zip(self._skipped(), self._outputs, strict=True):
-                    stack.enter_context(_sites.replaced(NAME, module, partial(_keeping, seen)))
+                self._keep_layers(stack)
             self._watch(stack, "base")
             output = self._model(*args, **kwargs)
         self._inputs = args, kwargs
         return output
 
     def source(self, *args: Any, **kwargs: Any) -> None:
-        """Runs the model on the source, up to the last site."""
-        for seen in self._taken["source"].values():
-            seen.clear()
+        """Runs the model on the source, up to the last site; ask it for no hidden states."""
+        self._forget("source")
         inner = _sites.unwrapped(self._model)
-        stop = self._reuse and "FSDPModule" not in {kind.__name__ for kind in type(inner).__mro__}
+        stop = self._reuse and not _sharded(self._model)
         with ExitStack() as stack:
             if not stop:
                 self._watch(stack, "source")
@@ -140,7 +142,8 @@ class Counterfactual:
             self._watch(stack, "source")
             if not early:
                 stack.enter_context(_sites.replaced(NAME, layer, partial(_stopping, early)))
-            with suppress(_Stop):
+            # Modules compiled in place as well: no exception leaves compiled code.
+            with suppress(_Stop), torch.compiler.set_stance("force_eager"):
                 inner(*args, **kwargs)
 
     def counterfactual(self, where: Where, *, source: str = "source") -> Any:
@@ -158,7 +161,8 @@ class Counterfactual:
         args, kwargs = self._inputs
         with ExitStack() as stack:
             if self._reuse:
-                for module, seen in zip(self._skipped(), self._outputs, strict=True):
+                # A layer that is computed again has kept its output as well.
+                for module, seen in zip(self._skipped(), self._outputs, strict=False):
                     stack.enter_context(_sites.replaced(NAME, module, partial(_skipping, seen)))
             stack.enter_context(Interchange(self._model, paths, states, where, **self._swap))
             return self._model(*args, **kwargs)
@@ -166,9 +170,14 @@ class Counterfactual:
     def clear(self) -> None:
         """Lets go of what was kept of earlier runs."""
         self._inputs, self._outputs = None, []
-        for run in self._taken.values():
-            for seen in run.values():
-                seen.clear()
+        self._versions["layers"].clear()
+        for run in FROM:
+            self._forget(run)
+
+    def _forget(self, run: str) -> None:
+        self._versions[run].clear()
+        for seen in self._taken[run].values():
+            seen.clear()
 
     def _skipped(self) -> list[nn.Module]:
         """The layers that the counterfactual run does not compute."""
@@ -177,10 +186,22 @@ class Counterfactual:
         whole = all(site.whole for site in self._sites if site.index == first)
         return list(self._sites[0].layers)[: first + 1 if whole else first]
 
+    def _keep_layers(self, stack: ExitStack) -> None:
+        """Keeps what the layers up to the first site return."""
+        first = min(site.index for site in self._sites)
+        previous: list[Any] | None = None
+        for module in list(self._sites[0].layers)[: first + 1]:
+            seen: list[Any] = []
+            make = partial(_keeping, seen, previous, self._versions["layers"])
+            stack.enter_context(_sites.replaced(NAME, module, make))
+            self._outputs.append(seen)
+            previous = seen
+
     def _watch(self, stack: ExitStack, run: str) -> None:
         """Takes the states of all sites."""
         for site in self._sites:
-            make = partial(_taking, site.path, self._at, self._taken[run][site.path])
+            seen = self._taken[run][site.path]
+            make = partial(_taking, site.path, self._at, seen, self._versions[run])
             stack.enter_context(_sites.replaced(NAME, site.module, make))
 
     def _states(self, run: str) -> dict[str, Tensor]:
@@ -188,6 +209,12 @@ class Counterfactual:
         if silent:
             hint = "source must run before counterfactual" if run == "source" else "every site runs"
             raise RuntimeError(f"{NAME}: {hint}, got nothing from {', '.join(silent)}")
+        for tensor, version in (*self._versions["layers"], *self._versions[run]):
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{NAME}: layers and sites must keep their output, got a later operation that "
+                    "overwrote it"
+                )
         return {path: seen[0] for path, seen in self._taken[run].items()}
 
 
@@ -212,6 +239,12 @@ class _Stop(Exception):
     """Ends the source run behind its last site."""
 
 
+def _sharded(model: nn.Module) -> bool:
+    """Whether FSDP gathers its parameters, which a run that stops would leave gathered."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return not kinds.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))
+
+
 def _find(model: nn.Module, path: str) -> _Site:
     passed = _sites.walk(NAME, "sites", model, path)
     for place, module in enumerate(passed[:-1]):
@@ -233,17 +266,28 @@ def _check_stack(sites: Sequence[_Site]) -> None:
             )
 
 
-def _keeping(seen: list[Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def _keeping(
+    seen: list[Any],
+    previous: list[Any] | None,
+    versions: list[tuple[Tensor, int]],
+    original: Callable[..., Any],
+) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        _keep(seen, "a layer", output)
+        if previous is not None and not previous:
+            raise RuntimeError(
+                f"{NAME}: layers must run in the order of their list with reuse=True, got one "
+                "before, or without, the one in front of it"
+            )
+        _keep(seen, versions, "a layer", output)
         return output
 
     return forward
 
 
-def _keep(seen: list[Any], path: str, value: Any) -> None:
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+def _keep(seen: list[Any], versions: list[tuple[Tensor, int]], path: str, value: Any) -> None:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._current_graph_task_id() != -1:
         return  # an activation checkpoint computes again, in the backward pass
     if seen:
         raise RuntimeError(
@@ -251,6 +295,10 @@ def _keep(seen: list[Any], path: str, value: Any) -> None:
             "their weights across layers"
         )
     seen.append(value)
+    if not compiling:
+        for x in tree_leaves(value):
+            if isinstance(x, Tensor) and not x.is_inference():  # such have no version
+                versions.append((x, x._version))
 
 
 def _skipping(seen: list[Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,14 +309,18 @@ def _skipping(seen: list[Any], original: Callable[..., Any]) -> Callable[..., An
 
 
 def _taking(
-    path: str, at: str, seen: list[Tensor], original: Callable[..., Any]
+    path: str,
+    at: str,
+    seen: list[Tensor],
+    versions: list[tuple[Tensor, int]],
+    original: Callable[..., Any],
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if at == "input":
-            _keep(seen, path, _sites.first_tensor(NAME, path, args or kwargs))
+            _keep(seen, versions, path, _sites.first_tensor(NAME, path, args or kwargs))
         output = original(*args, **kwargs)
         if at == "output":
-            _keep(seen, path, _sites.first_tensor(NAME, path, output))
+            _keep(seen, versions, path, _sites.first_tensor(NAME, path, output))
         return output
 
     return forward

@@ -77,12 +77,13 @@ class Interchange:
         ValueError: a site that does not exist, is given twice, has no source, or lies inside an
             activation checkpoint; states or spans that do not fit.
         RuntimeError: on leaving the block, a site that did not run; in the block, one that runs for
-            the second time.
+            the second time, or inside a reentrant checkpoint of your own.
 
     Note:
         Activation checkpointing of whole layers is fine, reentrant or not: the swap is outside of
         what is computed again. A site deeper inside a checkpointed layer is refused. Where a
-        checkpoint of your own surrounds a site, run the backward pass in the block.
+        checkpoint of your own surrounds a site, run the backward pass of this run, and of no other
+        through that checkpoint, in the block; else torch raises ``CheckpointError``.
 
         Under DistributedDataParallel, several runs of one model before one backward pass need
         ``broadcast_buffers=False``: broadcasting writes into what the first run has kept.
@@ -142,7 +143,7 @@ class Interchange:
         if self._replaced is not None:
             raise RuntimeError("Interchange: the block must be left before it is entered again")
         for path, passed in self._modules.items():
-            _check_checkpoints(path, passed)
+            _check_checkpoints(path, passed[:-1])
             self._fired[path].clear()
         with ExitStack() as stack:  # undone if one of them fails
             for path, passed in self._modules.items():
@@ -216,8 +217,14 @@ def _swapping(
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _sites.in_reentrant():
+            raise RuntimeError(
+                f"Interchange: {path} must be outside of reentrant activation checkpoints, which "
+                "would run again without the swap: checkpoint with use_reentrant=False"
+            )
         # A checkpoint around the site runs again in the backward pass.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        again = not compiling and torch._C._current_graph_task_id() != -1
         if fired and not again:
             raise RuntimeError(
                 f"Interchange: {path} must run once in the block, got a second run: one block a "
@@ -245,29 +252,12 @@ def _module(model: nn.Module, path: str) -> list[nn.Module]:
     return _sites.walk("Interchange", "sites", model, path)
 
 
-def _check_checkpoints(path: str, passed: Sequence[nn.Module]) -> None:
+def _check_checkpoints(path: str, above: Sequence[nn.Module]) -> None:
     """Refuses a site that a checkpoint would compute again without the swap."""
-    *above, site = passed
     for module in above:
-        if "_checkpoint_wrapped_module" in module._modules or _checkpointed(module):
-            inside = f"{path} inside of a checkpointed {type(module).__name__}"
-            break
-    else:
-        # Before 5.20 or so transformers' layers checkpoint their __call__, around their forward.
-        if not (_checkpointed(site) and type(site).__call__ is not nn.Module.__call__):
-            return
-        inside = f"{path}, which this version of transformers checkpoints as a whole"
-    raise ValueError(
-        "Interchange: sites must not lie inside an activation checkpoint, which would run again "
-        f"without the swap, got {inside}"
-    )
-
-
-def _checkpointed(module: nn.Module) -> bool:
-    """Whether it is a layer of transformers that checkpoints itself now."""
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    return (
-        "GradientCheckpointingLayer" in kinds
-        and module.training
-        and bool(getattr(module, "gradient_checkpointing", False))
-    )
+        if "_checkpoint_wrapped_module" in module._modules or _sites.checkpointed(module):
+            raise ValueError(
+                "Interchange: sites must not lie inside an activation checkpoint, which would run "
+                f"again without the swap, got {path} inside of a checkpointed "
+                f"{type(module).__name__}"
+            )

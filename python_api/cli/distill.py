@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kdkernels.api.cli.runs import one_sentence, parse_lists
 
-METHODS = ("swa",)
+METHODS = ("swa", "diito")
 # Options that are lists with commas.
 LISTS: dict[str, Callable[[str], Any]] = {
     "student_layers": int,
@@ -25,6 +26,7 @@ LISTS: dict[str, Callable[[str], Any]] = {
 LM = "Language models (--objective lm)"
 CLASSIFICATION = "Classification"
 SWA = "Weight averaging (--method swa)"
+DIITO = "Causal distillation (--method diito)"
 
 Objective = Annotated[
     str | None,
@@ -210,7 +212,48 @@ Full = Annotated[
 
 Method = Annotated[
     str | None,
-    typer.Option(help="swa: fine-tune with stochastic weight averaging, and compare."),
+    typer.Option(
+        help="swa: fine-tune with stochastic weight averaging, and compare; diito: distil with "
+        "interchange interventions, and compare."
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of options, as a run's config.yaml; flags come before it."),
+]
+Alignment = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=DIITO,
+        help="single_middle, middle_late, multilayer or a JSON file: which layers are exchanged "
+        "[default: multilayer; mlm: single_middle].",
+    ),
+]
+IndexMode = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=DIITO,
+        help="aligned, or release: from the layer before, as the released code [default: aligned].",
+    ),
+]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=DIITO,
+        help="consecutive, random, or masked (mlm) [default: consecutive].",
+    ),
+]
+Share = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=DIITO, help="Share of the shorter text that is exchanged [default: 0.3]."
+    ),
+]
+TeacherLabels = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=DIITO, help="Training examples of the teacher [default: by task]."
+    ),
 ]
 Task = Annotated[
     str | None,
@@ -325,6 +368,12 @@ def distill(
     swa_lr: SwaLearningRate = None,
     convention: Convention = None,
     patience: Patience = None,
+    alignment: Alignment = None,
+    index_mode: IndexMode = None,
+    positions: Positions = None,
+    share: Share = None,
+    teacher_labels: TeacherLabels = None,
+    config: Config = None,
 ) -> None:
     """Fine-tune a real teacher, distil it into a small student, and compare.
 
@@ -334,6 +383,7 @@ def distill(
     from the live teacher, and from its cached top-k.
     With --recipe, students learn from the teacher's hidden states as published recipes do.
     With --method swa, a model is fine-tuned with weight averaging and without, on --task.
+    With --method diito, students are distilled with interchange interventions and without.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -363,6 +413,10 @@ def _run(given: dict[str, Any], resume: bool) -> None:
             require("objective" not in given, "objective", "be left out with --method", method)
             require(method in METHODS, "method", f"be one of {', '.join(METHODS)}", repr(method))
             given["objective"] = method
+        if "config" in given:
+            from kdkernels.api.distill.config import read_values
+
+            given = {**read_values(given.pop("config")), **given}
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)

@@ -15,9 +15,11 @@ TITLES = {
     "swa": "SWA",
     "kd": "distilled",
     "kd-swa": "distilled, SWA",
+    "diito": "distilled, DIITO",
+    "kd-time": "distilled, same time",
 }
 # Which arm each one is compared with: it differs in one thing.
-AGAINST = {"swa": "ft", "kd": "ft", "kd-swa": "kd"}
+AGAINST = {"swa": "ft", "kd": "ft", "kd-swa": "kd", "diito": "kd", "kd-time": "diito"}
 
 Figures = Mapping[str, Mapping[str, float]]
 

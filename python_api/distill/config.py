@@ -204,12 +204,14 @@ def option_name(key: str) -> str:
 
 def config_class(objective: object) -> type[RunConfig]:
     """The kind of configuration that an objective has."""
-    from kdkernels.api.distill.finetune_config import FinetuneConfig  # they import this module
+    from kdkernels.api.distill.diito_config import DiitoConfig  # they import this module
+    from kdkernels.api.distill.finetune_config import FinetuneConfig
     from kdkernels.api.distill.lm_config import LmConfig
     from kdkernels.api.distill.swa_config import SwaConfig
 
     kinds: dict[object, type[RunConfig]] = {
-        kind.objective: kind for kind in (DistillConfig, LmConfig, SwaConfig, FinetuneConfig)
+        kind.objective: kind
+        for kind in (DistillConfig, LmConfig, SwaConfig, FinetuneConfig, DiitoConfig)
     }
     named = tuple(
         kind.objective for kind in kinds.values() if kind.option.startswith("--objective")
@@ -288,26 +290,37 @@ def from_yaml(text: str) -> RunConfig:
     Raises:
         DistillError: The text is no such configuration.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DistillError(
-            f"config.yaml must be YAML, got: {' '.join(str(error).split())}"
-        ) from error
-    require(isinstance(values, dict), "config.yaml", "hold keys and values", type(values).__name__)
+    values = _parsed(text, "config.yaml")
     # Runs from before there were several objectives do not name theirs.
     kind = config_class(values.pop("objective", DistillConfig.objective))
     known = _keys(kind)
     unknown = sorted(set(values) - known)
     require(not unknown, "config.yaml", "hold known keys only", unknown)
-    for key, value in values.items():
-        if isinstance(value, list):
-            values[key] = tuple(value)
     config = kind(**values)
     _check_types(config)
     return config
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values in a configuration file of the user's, by key; a run's own file is one.
+
+    Raises:
+        DistillError: There is none, or it is no YAML of keys and values.
+    """
+    require(path.is_file(), "config", "be an existing file", path)
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    """Keys and values of a YAML text, lists as tuples."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DistillError(f"{name} must be YAML, got: {' '.join(str(error).split())}") from error
+    require(isinstance(values, dict), name, "hold keys and values", type(values).__name__)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def check_same(stored: RunConfig, given: Mapping[str, Any]) -> None:

@@ -54,18 +54,23 @@ def lm_blocks(
     """
     require(split in SPLITS, "split", f"be one of {SPLITS}", repr(split))
     require(seq_len >= 2, "seq-len", "be at least 2", seq_len)
-    if name_or_file == WIKITEXT2_NAME:
-        name, text = WIKITEXT2_NAME, _wikitext2(split, notify)
-    else:
-        path = Path(name_or_file)
-        require(path.is_file(), "data", f"be {WIKITEXT2_NAME} or an existing file", name_or_file)
-        name, text = path.name, _local(path, split)
+    text = split_text(name_or_file, split, notify)
+    name = WIKITEXT2_NAME if name_or_file == WIKITEXT2_NAME else Path(name_or_file).name
     ids = _tokens(tokenizer, text.splitlines(keepends=True), max_tokens)
     count = len(ids) // seq_len
     contract = f"hold at least {seq_len} tokens in {split}, one block"
     require(count > 0, "data", contract, f"{len(ids)} in {name_or_file}")
     blocks = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
     return [(f"{name}/{split}/{seq_len}/{i:06d}", blocks[i].clone()) for i in range(count)]
+
+
+def split_text(name_or_file: str, split: str, notify: fetch.Notify) -> str:
+    """A split of ``wikitext-2`` or of a text file; see :func:`lm_blocks`."""
+    if name_or_file == WIKITEXT2_NAME:
+        return _wikitext2(split, notify)
+    path = Path(name_or_file)
+    require(path.is_file(), "data", f"be {WIKITEXT2_NAME} or an existing file", name_or_file)
+    return _local(path, split)
 
 
 def spread(blocks: list[Block], count: int) -> list[Block]:

@@ -27,6 +27,9 @@ COLOURS = {
     "swa": "#D55E00",
     "kd": "#56B4E9",
     "kd-swa": "#0072B2",
+    # Of causal distillation.
+    "diito": "#D55E00",
+    "kd-time": "#0072B2",
     # Of recipes.
     "soft": "#E69F00",
     "tinybert": "#009E73",

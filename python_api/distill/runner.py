@@ -15,6 +15,7 @@ from kdkernels.api.distill import config as configs
 from kdkernels.api.distill import fetch, models
 from kdkernels.api.distill.config import DistillConfig, RunConfig
 from kdkernels.api.distill.data import Corpus, Limits
+from kdkernels.api.distill.diito_config import DiitoConfig
 from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.own_data import load_own
@@ -52,6 +53,8 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
         work = prepare_lm(config, folder, runtime, display)
     elif isinstance(config, SwaConfig):
         work = prepare_swa(config, folder, runtime, display)
+    elif isinstance(config, DiitoConfig):
+        work = prepare_diito(config, folder, runtime, display)
     else:
         assert isinstance(config, DistillConfig)
         work = prepare_classification(config, folder, runtime, display)
@@ -113,6 +116,22 @@ def prepare_swa(
 
     task = make_task(config, runtime, display.note)
     return SwaPipeline(config, folder, runtime, display, task).run
+
+
+def prepare_diito(
+    config: DiitoConfig, folder: RunFolder, runtime: Runtime, display: Display
+) -> Callable[[], None]:
+    """Gathers what the run needs, before it has a folder; returns the run."""
+    from kdkernels.api.distill.diito_pipeline import DiitoPipeline, make_task
+
+    task = make_task(config, runtime, display.note)
+    depth = models.read_config(task.options.model, "model").num_hidden_layers
+    alignment = config.aligned(depth)
+    depths = (alignment.teacher_layers, alignment.student_layers)
+    contract = f"be for {depth} and {len(config.student_layers)} layers of teacher and student"
+    fits = depths == (depth, len(config.student_layers))
+    require(fits, "alignment", contract, f"{depths[0]} and {depths[1]} in {config.alignment}")
+    return DiitoPipeline(config, folder, runtime, display, task).run
 
 
 def quiet_transformers() -> None:

@@ -23,6 +23,19 @@ LM_ONLY = ("tokens", "eval_tokens")
 NOT_LM = ("labels", "transfer", "dev", "test")
 
 
+def check_data(task: str, data: str | None) -> None:
+    """Raises ``DistillError`` unless this names data of one's own that the task takes, or none."""
+    if task in GLUE:
+        contract = f"name the folder of GLUE's files for --task {task}"
+        fetched = data is None and task == "sts-b"
+        require(
+            fetched or (data is not None and Path(data).is_dir()), "data", contract, data or "none"
+        )
+        return
+    require(data is None or Path(data).is_file(), "data", "exist", data)
+    require(data is None or task not in SETS, "data", f"be left out with --task {task}", data)
+
+
 @dataclass(frozen=True)
 class SwaConfig(RunConfig):
     """Everything that determines a run of ``--method swa``.
@@ -111,20 +124,9 @@ class SwaConfig(RunConfig):
             value = getattr(self, key)
             require(value is None, option_name(key), f"be left out with --task {self.task}", value)
         require(self.model is None or Path(self.model).is_dir(), "model", "exist", self.model)
-        self._check_data()
+        check_data(self.task, self.data)
         self._check_arms()
         self._check_averaging()
-
-    def _check_data(self) -> None:
-        if self.task in GLUE:
-            contract = f"name the folder of GLUE's files for --task {self.task}"
-            fetched = self.data is None and self.task == "sts-b"
-            found = self.data is not None and Path(self.data).is_dir()
-            require(fetched or found, "data", contract, self.data or "none")
-            return
-        require(self.data is None or Path(self.data).is_file(), "data", "exist", self.data)
-        own = self.data is None or self.task not in SETS
-        require(own, "data", f"be left out with --task {self.task}", self.data)
 
     def _check_arms(self) -> None:
         for arm in self.arms:

@@ -13,28 +13,14 @@ from torch import Tensor
 from kdkernels.api.distill import fetch, lm_models, swa_report, swa_train
 from kdkernels.api.distill.arm_pipeline import ArmPipeline
 from kdkernels.api.distill.arm_results import ArmResults
-from kdkernels.api.distill.data import Limits
-from kdkernels.api.distill.glue import TASKS as GLUE
-from kdkernels.api.distill.glue import find_files
 from kdkernels.api.distill.lm_data import WIKITEXT2_NAME
-from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.pipeline import TEACHER_SEED
 from kdkernels.api.distill.progress import Bar, Display
 from kdkernels.api.distill.store import RunFolder, write_file
 from kdkernels.api.distill.swa_config import ARMS, LABEL_ARMS, SwaConfig
 from kdkernels.api.distill.task import Task, TaskOptions
-from kdkernels.api.distill.tasks import (
-    ClassificationTask,
-    LanguageModelTask,
-    conll2003_task,
-    conll_task,
-    glue_task,
-    sentiment_task,
-    shifts_task,
-    squad_task,
-    topic_task,
-)
-from kdkernels.api.distill.topics import SETS
+from kdkernels.api.distill.tasks import ClassificationTask, LanguageModelTask
+from kdkernels.api.distill.tasks.choose import data_files, encoder_task
 from kdkernels.api.distill.train import Runtime
 
 
@@ -69,23 +55,7 @@ def _make(config: SwaConfig, options: TaskOptions) -> Task[Any]:
         text = WIKITEXT2_NAME if own is None else str(own)
         return LanguageModelTask(options, text, config.tokens, dev, config.eval_tokens)
     limited = replace(options, train=config.labels, test=config.test)
-    if config.task == "ner":
-        return conll2003_task(limited) if own is None else conll_task(limited, own)
-    if config.task == "qa":
-        return shifts_task(limited) if own is None else squad_task(limited, own)
-    if config.task in GLUE:
-        return glue_task(limited, config.task, own)
-    if config.task in SETS:
-        return topic_task(limited, config.task)
-    if own is None:
-        return sentiment_task(replace(options, test=config.test), config.labels, config.transfer)
-    limits = Limits(config.labels, config.transfer, config.test, exact=not config.quick)
-    return ClassificationTask(options, load_own(own, limits))
-
-
-def data_files(task: str, data: Path) -> list[Path]:
-    """The files that a task reads of the user's own data."""
-    return find_files(task, data) if task in GLUE else [data]
+    return encoder_task(config.task, limited, own, config.transfer, exact=not config.quick)
 
 
 def arms_of(config: SwaConfig, task: Task[Any]) -> tuple[str, ...]:

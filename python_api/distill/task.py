@@ -76,3 +76,10 @@ class Task(Protocol[Step]):
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the model, as plain transformers files, into an existing folder."""
+
+
+class PairedTask(Task[Step], Protocol[Step]):
+    """A task that interchange interventions train on."""
+
+    def pair(self, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The base of a step with ``labels`` and ``lengths``, and its source; None: the base."""

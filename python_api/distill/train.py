@@ -70,7 +70,10 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of one fit; without ``evaluations`` there is no curve."""
+    """The hyperparameters of one fit; without ``evaluations`` there is no curve.
+
+    ``accumulate`` steps of the task make one of the optimizer.
+    """
 
     epochs: int
     lr: float
@@ -79,6 +82,12 @@ class Recipe:
     temperature: float = 1.0
     alpha: float = 1.0
     evaluations: int = 3
+    weight_decay: float = WEIGHT_DECAY
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup: float = WARMUP_FRACTION
+    max_grad_norm: float = MAX_GRAD_NORM
+    accumulate: int = 1
 
 
 @dataclass
@@ -147,18 +156,25 @@ class Schedule(Protocol):
         """Goes on to the next step."""
 
 
-def linear_decay(optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
+def linear_decay(
+    optimizer: torch.optim.Optimizer, steps: int, warmup_fraction: float = WARMUP_FRACTION
+) -> Schedule:
     """A short warm-up, then a linear decay to zero at the last of ``steps``."""
-    warmup = max(1, int(WARMUP_FRACTION * steps))
+    warmup = max(1, int(warmup_fraction * steps))
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)),
     )
 
 
-def make_optimizer(weights: Sequence[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW as every run trains with it."""
-    return torch.optim.AdamW(weights, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
+def make_optimizer(
+    weights: Sequence[torch.nn.Parameter],
+    lr: float,
+    weight_decay: float = WEIGHT_DECAY,
+    **adam: Any,
+) -> torch.optim.Optimizer:
+    """AdamW as every run trains with it; ``adam`` are further arguments of it."""
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True, **adam)
 
 
 def fit(
@@ -233,29 +249,36 @@ def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> 
         Timing and the curve.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(weights, recipe.lr)
-    schedule = loop.schedule(optimizer, len(steps))
+    optimizer = make_optimizer(
+        weights, recipe.lr, recipe.weight_decay, betas=recipe.betas, eps=recipe.eps
+    )
+    each = recipe.accumulate
+    parts = [steps[first : first + each] for first in range(0, len(steps), each)]
+    schedule = loop.schedule(optimizer, len(parts))
     evaluations = recipe.evaluations
-    evaluate_every = max(1, -(-len(steps) // evaluations)) if evaluations else len(steps) + 1
+    evaluate_every = max(1, -(-len(parts) // evaluations)) if evaluations else len(parts) + 1
     result = FitResult()
     torch.manual_seed(recipe.seed)  # dropout; here, because loading a model draws numbers too
-    for number, step in enumerate(steps, start=1):
+    for number, part in enumerate(parts, start=1):
         started = time.perf_counter()
         model.train()
-        loss = loop.loss(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+        loss = torch.zeros((), device=weights[0].device)
+        for step in part:
+            share = loop.loss(step) / len(part)
+            share.backward()
+            loss += share.detach()
+        torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         lr = optimizer.param_groups[0]["lr"]
         schedule.step()
-        event: dict[str, Any] = {"step": number, "steps": len(steps)}
-        if number % LOG_EVERY == 0 or number == len(steps):
+        event: dict[str, Any] = {"step": number, "steps": len(parts)}
+        if number % LOG_EVERY == 0 or number == len(parts):
             event |= {"loss": loss.item(), "lr": lr}
         result.seconds += time.perf_counter() - started
-        result.examples += loop.size(step)
+        result.examples += sum(map(loop.size, part))
         result.steps = number
-        if number % evaluate_every == 0 or (evaluations and number == len(steps)):
+        if number % evaluate_every == 0 or (evaluations and number == len(parts)):
             event[loop.metric] = loop.evaluate()
             result.curve.append((number, event[loop.metric]))
         loop.on_event(event)

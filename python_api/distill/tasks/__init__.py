@@ -7,6 +7,7 @@ from kdkernels.api.distill.tasks.classification import (
 )
 from kdkernels.api.distill.tasks.glue import GlueTask, glue_task
 from kdkernels.api.distill.tasks.language_model import LanguageModelTask
+from kdkernels.api.distill.tasks.masked_lm import MaskedLmTask
 from kdkernels.api.distill.tasks.qa import QaTask, shifts_task, squad_task
 from kdkernels.api.distill.tasks.tagging import TaggingTask, conll2003_task, conll_task
 
@@ -14,6 +15,7 @@ __all__ = [
     "ClassificationTask",
     "GlueTask",
     "LanguageModelTask",
+    "MaskedLmTask",
     "QaTask",
     "TaggingTask",
     "conll2003_task",

@@ -16,7 +16,7 @@ from kdkernels.api.distill.models import Heading
 from kdkernels.api.distill.sentiment import load_sentiment
 from kdkernels.api.distill.task import SPLITS, TaskOptions
 from kdkernels.api.distill.tasks.encoder import EncoderTask, first
-from kdkernels.api.distill.text import encode
+from kdkernels.api.distill.text import collate, encode
 from kdkernels.api.distill.topics import load_topics
 from kdkernels.api.distill.train import EvalSet, Recipe, TrainSet
 
@@ -116,6 +116,16 @@ class ClassificationTask(EncoderTask):
     def size(self, step: Step) -> int:
         """The number of texts."""
         return len(step[1])
+
+    def pair(self, step: Step) -> tuple[dict[str, Tensor], None]:
+        """What a model takes of a batch, and its labels; the batch is its own source."""
+        part, rows = step
+        assert part.labels is not None
+        device = self.options.runtime.device
+        batch = collate(part.ids, rows, self.tokenizer.pad_token_id, device)
+        batch["labels"] = part.labels[rows].to(device)
+        batch["lengths"] = torch.tensor([len(part.ids[row]) for row in rows])
+        return batch, None
 
     def loss(self, model: Any, step: Step) -> Tensor:
         """``train.objective`` of a batch: cross-entropy, or the divergence from the teacher."""

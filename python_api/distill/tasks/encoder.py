@@ -37,10 +37,14 @@ class EncoderTask:
         model = models.load_headed(options.model, self.heading, "model", seed, other_classes=True)
         if options.layers is not None:
             model = models.cut_model(model, options.layers)
+        return self.ready(model)
+
+    def ready(self, model: Any) -> Any:
+        """A model as it is trained: without dropout, its embeddings frozen unless they are not."""
         models.disable_dropout(model)
-        if not options.train_embeddings:
+        if not self.options.train_embeddings:
             models.freeze_embeddings(model)
-        return model.to(options.runtime.device)
+        return model.to(self.options.runtime.device)
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes model and tokenizer, as plain transformers files, into an existing folder."""

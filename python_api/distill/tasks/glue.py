@@ -107,6 +107,14 @@ class GlueTask(EncoderTask):
         """The number of examples."""
         return len(step)
 
+    def pair(self, step: list[int]) -> tuple[dict[str, Tensor], None]:
+        """What a model takes of a batch, and its labels; the batch is its own source."""
+        device, part = self.options.runtime.device, self._encoded["train"]
+        batch = collate(part.ids, step, self.tokenizer.pad_token_id, device, part.types)
+        batch["labels"] = part.labels[step].to(device)
+        batch["lengths"] = torch.tensor([len(part.ids[row]) for row in step])
+        return batch, None
+
     def loss(self, model: Any, step: list[int]) -> Tensor:
         """The mean cross-entropy of a batch; of scores the mean squared error."""
         runtime, part = self.options.runtime, self._encoded["train"]
