@@ -204,6 +204,7 @@ def test_layouts(backend: Backend, dtype: torch.dtype) -> None:
         activation, first = wide[::2, columns], torch.randn(9, 48).to(dtype)
         second = torch.randn(48, 9).to(dtype).t()
         check(backend, [activation, first, second], 12, 3)
+        check(backend, [first, activation], 12, 3)
     row = torch.randn(1, 48).to(dtype).expand(9, 48)
     check(backend, [wide[:9, :48], row, torch.randn(9, 1).to(dtype).expand(9, 48)], 1, 3)
 
