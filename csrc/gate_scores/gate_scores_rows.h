@@ -88,11 +88,15 @@ static void sum_columns(const GateCall& call, const int64_t* rows, int count, in
   }
 }
 
+// Four sums side by side: one would lose digits over a thousand columns.
 static inline float sum_of(const float* x, int64_t count) {
-  Vec sums{};
+  Vec sums[4] = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) sums += load(x + i);
-  float total = sum(sums);
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) sums[k] += load(x + i + k * kLanes);
+  }
+  for (; i + kLanes <= count; i += kLanes) sums[0] += load(x + i);
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < count; ++i) total += x[i];
   return total;
 }
