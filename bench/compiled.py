@@ -117,7 +117,8 @@ def triton_entries() -> list[Entry]:
         case = cases.load(found.op)
         walks = found.wide and found.kernel.name in case.row_kernels
         fused = found.fusion and found.kernel.name in case.unfused_kernels
-        entries.append(Entry(found.op, "triton", found.call, walks, found.kernel, fused))
+        narrow = found.kernel.name in getattr(case, "narrow_stores", ())
+        entries.append(Entry(found.op, "triton", found.call, walks, found.kernel, fused, narrow))
     return entries
 
 

@@ -29,6 +29,7 @@ from kdkernels.api.functional import (
     topk_kd_loss,
     topk_logprobs,
 )
+from kdkernels.api.gate_scores import gate_scores
 from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
 from kdkernels.api.intervention import Interchange, Positions, Spans
 from kdkernels.api.layers import LayerMap, Projections
@@ -98,6 +99,7 @@ __all__ = [
     "ema_update_",
     "explain",
     "functional",
+    "gate_scores",
     "hidden_match_loss",
     "hidden_match_many",
     "interchange",

@@ -14,6 +14,7 @@ from kdkernels import _checks
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, chunk_rows_of, kd_spec, number, positive
+from kdkernels.api.gate_scores import gate_scores
 from kdkernels.api.hidden import MatchParts, hidden_match_loss, hidden_match_many
 from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
 from kdkernels.api.relations import attention_match_loss, relation_match_loss
@@ -27,6 +28,7 @@ __all__ = [
     "TopK",
     "attention_match_loss",
     "confidence_penalty_loss",
+    "gate_scores",
     "hidden_match_loss",
     "hidden_match_many",
     "interchange",

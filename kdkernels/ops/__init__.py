@@ -2,6 +2,7 @@
 
 from kdkernels.ops import (
     adamw_average,
+    gate_scores,
     hidden_match,
     interchange,
     kd_loss,
@@ -17,6 +18,7 @@ from kdkernels.ops import (
 
 __all__ = [
     "adamw_average",
+    "gate_scores",
     "hidden_match",
     "interchange",
     "kd_loss",
