@@ -14,9 +14,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kdkernels.api.distill import swa_train
+from kdkernels.api.distill.arm_results import mean_text
 from kdkernels.api.distill.config import from_yaml
 from kdkernels.api.distill.finetune_config import FinetuneConfig
-from kdkernels.api.distill.arm_results import mean_text
 
 Command = Callable[..., Result]
 GLUE_HEADER = {"RTE": "index\tsentence1\tsentence2\tlabel", "STS-B": "sentence1\tsentence2\tscore"}
