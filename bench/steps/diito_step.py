@@ -35,6 +35,7 @@ SMALL = {
     "num_attention_heads": 2,
     "intermediate_size": 64,
 }
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 MASKED = 0.15
 SHARE = 0.3
 # DIITO's own: cross-entropy, masked language model, cosine, counterfactual cross-entropy.
@@ -124,9 +125,9 @@ class DiitoStepCase:
             from transformers import BertConfig, BertForMaskedLM
 
             torch.manual_seed(0)
-            none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            options: dict[str, Any] = {**sizes, **NO_DROPOUT}
             made = {
-                who: BertForMaskedLM(BertConfig(num_hidden_layers=depth, **sizes, **none))
+                who: BertForMaskedLM(BertConfig(num_hidden_layers=depth, **options))
                 for who, depth in LAYERS.items()
             }
             self._models[key] = Models(made["teacher"].eval(), made["student"])

@@ -17,7 +17,7 @@ from kdkernels.api.distill.progress import Bar, Display
 from kdkernels.api.distill.results import TEACHER
 from kdkernels.api.distill.store import RunFolder, write_folder
 from kdkernels.api.distill.swa_train import Trained
-from kdkernels.api.distill.task import TaskOptions
+from kdkernels.api.distill.task import PairedTask, TaskOptions
 from kdkernels.api.distill.tasks import MaskedLmTask
 from kdkernels.api.distill.tasks.choose import data_files, encoder_task
 from kdkernels.api.distill.train import Runtime
@@ -56,12 +56,11 @@ class DiitoPipeline(ArmPipeline):
         folder: RunFolder,
         runtime: Runtime,
         display: Display,
-        task: Any,
+        task: PairedTask[Any],
     ) -> None:
-        super().__init__(
-            config, folder, runtime, display, task, [arm for arm in ARMS if arm in config.arms]
-        )
-        self.config = config
+        arms = [arm for arm in ARMS if arm in config.arms]
+        super().__init__(config, folder, runtime, display, task, arms)
+        self.config, self.paired = config, task
 
     def own_files(self) -> Sequence[Path]:
         """The files of the user's own data."""
@@ -99,7 +98,7 @@ class DiitoPipeline(ArmPipeline):
         """Trains one student."""
         longer = self._units.result(PACE)["ratio"] if arm == "kd-time" else 1.0
         return diito_train.fit_student(
-            self.task,
+            self.paired,
             self._student_model(seed),
             self._teacher,
             self.config,
@@ -111,7 +110,9 @@ class DiitoPipeline(ArmPipeline):
 
     def _pace(self) -> dict[str, Any]:
         return dict(
-            diito_train.pace(self.task, lambda: self._student_model(0), self._teacher, self.config)
+            diito_train.pace(
+                self.paired, lambda: self._student_model(0), self._teacher, self.config
+            )
         )
 
     @property
@@ -122,7 +123,7 @@ class DiitoPipeline(ArmPipeline):
     def _teacher(self) -> Any:
         """The trained teacher."""
         model = models.load_headed(
-            self._teacher_folder, self.task.heading, TEACHER, seed=TEACHER_SEED
+            self._teacher_folder, self.paired.heading, TEACHER, seed=TEACHER_SEED
         )
         model.requires_grad_(False)
         return model.to(self.runtime.device).eval()
@@ -135,6 +136,6 @@ class DiitoPipeline(ArmPipeline):
         labels.
         """
         if not self.config.masked_lm:
-            return self.task.new_model(seed)
+            return self.paired.new_model(seed)
         model = models.cut_model(self._teacher, self.config.student_layers)
-        return self.task.ready(model.requires_grad_(True))
+        return self.paired.ready(model.requires_grad_(True))

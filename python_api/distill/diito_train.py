@@ -72,6 +72,7 @@ def step_loss(
 ) -> Callable[[Any], Tensor]:
     """The loss of a step, with a gradient."""
     runtime = task.options.runtime
+    weights: dict[str, Any] = weights_of(config, interchanges)
     diito = DIITO(
         model,
         teacher,
@@ -83,7 +84,7 @@ def step_loss(
         positions=config.positions,
         index_mode=config.index_mode,
         seed=seed,
-        **weights_of(config, interchanges),
+        **weights,
     )
 
     def loss_of(step: Any) -> Tensor:

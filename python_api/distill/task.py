@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from kdkernels.api.distill.models import Heading
 from kdkernels.api.distill.train import Runtime
 
 Step = TypeVar("Step")
@@ -79,7 +80,18 @@ class Task(Protocol[Step]):
 
 
 class PairedTask(Task[Step], Protocol[Step]):
-    """A task that interchange interventions train on."""
+    """A task over an encoder that interchange interventions train on.
+
+    Attributes:
+        options: What it was made with.
+        heading: What its models have on top.
+    """
+
+    options: TaskOptions
+    heading: Heading
+
+    def ready(self, model: Any) -> Any:
+        """A model as it is trained."""
 
     def pair(self, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """The base of a step with ``labels`` and ``lengths``, and its source; None: the base."""

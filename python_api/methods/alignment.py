@@ -94,18 +94,19 @@ class Alignment:
                 f"{NAME}: teacher_layers must be at least the {student_layers} of the student, got "
                 f"{teacher_layers}"
             )
+        pairs: list[tuple[tuple[int, ...], int]] = []
         if name == "single_middle":
-            pairs = [((teacher_layers // 2,), student_layers // 2)]
+            pairs.append(((teacher_layers // 2,), student_layers // 2))
         elif name == "middle_late":
             if student_layers < max(LATE):
                 raise ValueError(
                     f"{NAME}: student_layers must be at least {max(LATE)} for middle_late, got "
                     f"{student_layers}"
                 )
-            pairs = [((teacher_layers - late,), student_layers - late) for late in LATE]
+            pairs += [((teacher_layers - late,), student_layers - late) for late in LATE]
         else:
             each, more = divmod(teacher_layers, student_layers)
-            pairs, first = [], 0
+            first = 0
             for layer in range(student_layers):
                 end = first + each + (layer < more)
                 pairs.append((tuple(range(first, end)), layer))
@@ -138,9 +139,8 @@ class Alignment:
 
 
 def _mapping(entry: Mapping[str, Any]) -> AlignedLayers:
-    return AlignedLayers(
-        **{key: None if value is None else tuple(value) for key, value in entry.items()}
-    )
+    values: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in entry.items()}
+    return AlignedLayers(**values)
 
 
 def _check_layers(who: str, layers: Sequence[int], count: int) -> None:
