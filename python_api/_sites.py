@@ -190,4 +190,4 @@ def layers_of(name: str, argument: str, model: nn.Module) -> list[str]:
             f"{name}: {argument} must have one list of config.num_hidden_layers layers, got "
             f"{len(found)} in a {type(inner).__name__}"
         )
-    return [f"{found[0]}.{layer}" for layer in range(len(inner.get_submodule(found[0])))]
+    return [f"{found[0]}.{layer}" for layer in inner.get_submodule(found[0])._modules]

@@ -109,7 +109,9 @@ class Counterfactual:
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         # Lists of no or one output, as torch.compile traces what fills them.
         self._outputs: list[list[Any]] = []
-        self._taken = {run: {site.path: [] for site in self._sites} for run in FROM}
+        self._taken: dict[str, dict[str, list[Tensor]]] = {
+            run: {site.path: [] for site in self._sites} for run in FROM
+        }
         self._versions: dict[str, list[tuple[Tensor, int]]] = {r: [] for r in ("layers", *FROM)}
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +232,7 @@ class _Site:
 
     path: str
     module: nn.Module
-    layers: Sequence[nn.Module]
+    layers: nn.ModuleList
     index: int
     whole: bool
 
@@ -252,7 +254,7 @@ def _find(model: nn.Module, path: str) -> _Site:
             layer = passed[place + 1]
             index = next(i for i, other in enumerate(module) if other is layer)
             return _Site(path, passed[-1], module, index, layer is passed[-1])
-    return _Site(path, passed[-1], [], 0, True)
+    return _Site(path, passed[-1], nn.ModuleList(), 0, True)
 
 
 def _check_stack(sites: Sequence[_Site]) -> None:

@@ -33,7 +33,9 @@ class Spans(NamedTuple):
 
     def to(self, device: torch.device | str) -> Spans:
         """The same on another device."""
-        return Spans(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        start, of, length = (x.to(device, non_blocking=True) for x in self[:3])
+        row = self.source_row
+        return Spans(start, of, length, None if row is None else row.to(device, non_blocking=True))
 
 
 class Positions(NamedTuple):
