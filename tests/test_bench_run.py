@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import kdkernels
 from kdkernels import _backend
 from kdkernels.api.cli import app
-from kdkernels.bench import cases, rivals, run
+from kdkernels.bench import cases, rivals, run, steps
 from kdkernels.bench.accuracy import compare
 from kdkernels.bench.cases import Consuming, Setting
 from kdkernels.bench.memory import peaks
@@ -199,3 +199,15 @@ def test_runs_as_a_script() -> None:
     command[-1:] = ["--shape", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("step", steps.names())
+def test_training_steps_are_measured_as_ops_are(step: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "run.jsonl"
+    arguments = ["--op", step, "--device", "cpu", "--shape", "2x24", "--dtype", "fp32", "--quick"]
+    result = bench(*arguments, "--seconds", "0.05", "--against", "eager", "--json", str(out))
+    assert result.exit_code == 0, result.output
+    ours, eager = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (ours["ours"], eager["variant"]) == (True, "eager")
+    assert ours["ratio"]["eager"] > 0 and ours["gradient_error"] < 1e-3
