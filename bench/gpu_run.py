@@ -86,7 +86,9 @@ def stages(folder: Path, *, quick: bool, wheels: Path | None) -> list[Stage]:
         checked = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *small)
         found.append(Stage(f"sanitizer-{tool}", checked, 45, needs="compute-sanitizer"))
     results = ("--device", "cuda", "--json", str(folder / "bench.jsonl"))
-    for path in sorted((ROOT / "bench" / "cases").glob("[a-z]*.py")):
+    bench = ROOT / "bench"
+    files = [*bench.glob("cases/[a-z]*.py"), *bench.glob("steps/[a-z]*.py")]
+    for path in sorted(files):
         command: tuple[str, ...] = (python, "bench/run.py", "--op", path.stem, *results)
         command += ("--quick",) if quick else ("--seconds", "4", "--against", "all")
         found.append(Stage(f"bench-{path.stem}", command, 30 if quick else 200))
