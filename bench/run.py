@@ -83,7 +83,8 @@ def bench(
             memory=not quick,
         )
         what = _several("divergence", divergence, case.divergences)
-        shapes = sizes or ([QUICK_SHAPE] if quick else case.shapes(device))
+        short = getattr(case, "quick_shape", QUICK_SHAPE)
+        shapes = sizes or ([short] if quick else case.shapes(device))
         plans.append((plan, what or case.default_divergences, shapes))
     console = Console(highlight=False)
     failed = False

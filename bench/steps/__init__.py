@@ -4,7 +4,8 @@ A file of this folder offers ``CASE`` as those of ``kdkernels.bench.cases``, wit
 ``triton_calls``; its inputs begin with the student's parameters, and beside it has
 
 - ``op``: the op whose backends it can run on;
-- ``checked_rows``: the batch on which results and gradients are compared in float64.
+- ``checked_rows``: the batch on which results and gradients are compared in float64;
+- ``quick_shape``: what ``--quick`` measures.
 """
 
 from __future__ import annotations

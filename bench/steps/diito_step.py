@@ -60,6 +60,7 @@ class DiitoStepCase:
 
     op = "interchange"
     checked_rows = 2
+    quick_shape = (2, 24)  # of models of a toy's size
     divergences = ("consecutive",)
     default_divergences = divergences
     modes = ("full",)
