@@ -30,7 +30,7 @@ from kdkernels.api.functional import (
 )
 from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
 from kdkernels.api.layers import LayerMap, Projections
-from kdkernels.api.methods import SWA
+from kdkernels.api.methods import SWA, LabelRegulariser
 from kdkernels.api.nn import (
     AttentionMatchLoss,
     ConfidencePenaltyLoss,
@@ -57,6 +57,7 @@ __all__ = [
     "HiddenMatchMany",
     "KDLoss",
     "KDParts",
+    "LabelRegulariser",
     "LabelSmoothingLoss",
     "LayerMap",
     "LinearKDLoss",
