@@ -118,13 +118,17 @@ class Heading:
     label_names: Sequence[str] = ()
 
 
-def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier") -> Any:
+def load_tokenizer(
+    path: Path, argument: str, kind: str = "a sequence classifier", pad_with_end: bool = False
+) -> Any:
     """Loads the tokenizer in a folder.
 
     Args:
         path: Folder written by ``save_pretrained``.
         argument: Name of the argument, for error messages.
         kind: What the model is to be, with an article, for error messages.
+        pad_with_end: Whether the token that ends a text pads too where there is no other, as GPT's
+            has none.
 
     Raises:
         DistillError: The folder holds none, or one without a padding token.
@@ -135,6 +139,8 @@ def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means the same to a user
         raise _not_loadable(path, argument, error, kind) from error
+    if tokenizer.pad_token_id is None and pad_with_end:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise DistillError(f"{argument} must have a tokenizer with a padding token, got {path}")
     return tokenizer

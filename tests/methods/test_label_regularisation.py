@@ -76,9 +76,7 @@ def test_gradient_is_student_minus_target(method: str, classes: int) -> None:
 @pytest.mark.parametrize("scale_t2", [True, False])
 def test_gradient_at_a_temperature(temperature: float, scale_t2: bool) -> None:
     student, teacher, labels = _batch(5)
-    _, gradient = _loss_and_gradient(
-        "kd", 5, alpha=0.3, temperature=temperature, scale_t2=scale_t2
-    )
+    _, gradient = _loss_and_gradient("kd", 5, alpha=0.3, temperature=temperature, scale_t2=scale_t2)
     soft = (student / temperature).softmax(-1) - (teacher / temperature).softmax(-1)
     hard = student.softmax(-1) - F.one_hot(labels, 5)
     factor = 0.3 * (temperature if scale_t2 else 1.0 / temperature)
