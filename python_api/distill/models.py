@@ -274,6 +274,10 @@ def cut_model(model: Any, layers: Sequence[int]) -> Any:
     parent, name = _layer_list(cut)
     stack = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(stack[layer] for layer in layers))
+    for number, layer in enumerate(getattr(parent, name)):
+        for module in layer.modules():  # by which decoders find their keys and values
+            if getattr(module, "layer_idx", None) is not None:
+                module.layer_idx = number
     cut.config.num_hidden_layers = len(layers)
     kinds = getattr(cut.config, "layer_types", None)
     if kinds is not None:

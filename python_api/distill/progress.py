@@ -58,7 +58,7 @@ class Display:
 
     def note(self, line: str) -> None:
         """Prints a line above the bars."""
-        self._progress.console.print(line, highlight=False, markup=False)
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:

@@ -208,10 +208,8 @@ def make_config(values: Mapping[str, Any]) -> StudyConfig:
             parts[key] = _named(kind, given.pop(key), key)
     if "methods" in given:
         parts["methods"] = _methods(given.pop("methods"))
-    initialisations = _strings(given.get("initialisations", [PRETRAINED]), "initialisations")
     if "lr" in given:
-        everywhere = {i for s in parts.get("students", ()) for i in s.initialisations}
-        parts["lr"] = _rates(given.pop("lr"), (*initialisations, *sorted(everywhere)))
+        parts["lr"] = _rates(given.pop("lr"))
     config = _read(StudyConfig, given, "", parts)
     _check(config)
     return config
@@ -263,9 +261,9 @@ def _methods(values: Any) -> tuple[MethodSpec, ...]:
     return tuple(found)
 
 
-def _rates(values: Any, initialisations: Sequence[str]) -> dict[str, tuple[float, ...]]:
+def _rates(values: Any) -> dict[str, tuple[float, ...]]:
     """Learning rates by initialisation; one list is for all of them."""
-    entries = values if isinstance(values, dict) else dict.fromkeys(initialisations, values)
+    entries = values if isinstance(values, dict) else dict.fromkeys(INITIALISATIONS, values)
     found = {}
     for key, value in entries.items():
         _known(key, INITIALISATIONS, "lr")
@@ -274,12 +272,6 @@ def _rates(values: Any, initialisations: Sequence[str]) -> dict[str, tuple[float
         require(good, "lr", "be numbers between 0 and 1", value)
         found[key] = tuple(float(rate) for rate in rates)
     return found
-
-
-def _strings(value: Any, where: str) -> tuple[str, ...]:
-    values = value if isinstance(value, list | tuple) else [value]
-    require(all(isinstance(v, str) for v in values), where, "be names", repr(value))
-    return tuple(values)
 
 
 def _number(value: Any) -> Any:

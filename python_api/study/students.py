@@ -64,6 +64,7 @@ def new_model(
     else:
         # Of models that hold them in another place than BERT does.
         model.get_input_embeddings().requires_grad_(False)
+    model.config.use_cache = False  # of decoders, which would keep keys and values for nothing
     return model.to(device)
 
 

@@ -38,6 +38,7 @@ class Worker:
         folder: The study's folder.
         runtime: Device and precision.
         notify: Receives one line per thing worth telling.
+        parent: The process without which this one must not go on; None: it is on its own.
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class Worker:
         folder: Path,
         runtime: Runtime,
         notify: Callable[[str], None],
+        parent: int | None = None,
     ) -> None:
         self._store = store
         self._trials = keyed(config)
         self_taught = any(trial.loss.teacher == "self" for trial in self._trials.values())
         self._trainer = Trainer(folder / TEACHERS, runtime, self_taught, notify)
-        self._parent = os.getppid()
+        self._parent = parent
 
     def run(
         self,
@@ -69,8 +71,8 @@ class Worker:
         """
 
         def listen(event: dict[str, Any]) -> None:
-            # A worker whose parent was killed must not go on unseen.
-            if os.getppid() != self._parent:
+            # One whose parent was killed has another one.
+            if self._parent is not None and os.getppid() != self._parent:
                 raise Orphaned
             on_event(event)
 
@@ -125,6 +127,9 @@ def work(
     quiet_transformers()
     torch.set_num_threads(threads)
     store = Store(url, config.name, folder)
-    worker = Worker(config, store, folder, runtime, lambda line: print(line, file=sys.stderr))
+    parent = os.getppid()
+    worker = Worker(
+        config, store, folder, runtime, lambda line: print(line, file=sys.stderr), parent
+    )
     with suppress(KeyboardInterrupt, Orphaned):
         worker.run()
