@@ -17,27 +17,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from helpers.studied import PROGRAM, results
 
 from kdkernels.api.study.config import make_config
 from kdkernels.api.study.store import Store
 from kdkernels.api.study.worker import keyed
 
 Command = Callable[..., Result]
-PROGRAM = "from kdkernels.api.cli.study import app; app()"
-# What a result holds that is not the same every time.
-TIMES = ("seconds", "steps_per_second", "memory_mb")
-
-
-def results(folder: Path) -> dict[tuple[Any, ...], Any]:
-    """What the trials found, without times."""
-    found = {}
-    for line in (folder / "trials.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        result = {k: v for k, v in row.pop("result").items() if k not in TIMES}
-        if result["teacher"]:
-            result["teacher"] = {k: v for k, v in result["teacher"].items() if "seconds" not in k}
-        found[tuple(row.values())] = result
-    return found
 
 
 def test_leaves_everything_behind(finished: tuple[Path, Result], values: dict[str, Any]) -> None:
