@@ -92,8 +92,9 @@ def restore_dropout(model: Any) -> None:
 class UsedEmbedding(nn.Module):
     """The rows of an embedding that occur in a task; the others would get no gradient anyway.
 
-    Token ids stay what they are. Without the rest an optimizer step on a small model takes a third
-    of the time, and training is the same: only weight decay would have changed the other rows.
+    Token ids stay what they are, and training is the same: weight decay alone would have changed
+    the other rows. With 8,573 of 30,522 rows, a step of two layers of MiniLM took 0.73 of the time
+    (one thread, medians of 35 steps that alternated).
     """
 
     def __init__(self, embedding: nn.Embedding, used: Tensor) -> None:
