@@ -79,6 +79,7 @@ def main() -> None:
             logits, _, labels = train.batch_outputs(
                 model, texts, rows, runtime, task.tokenizer.pad_token_id
             )
+            assert labels is not None
             loss(logits, labels, teacher[rows]).backward()
             torch.nn.utils.clip_grad_norm_(weights, train.MAX_GRAD_NORM)
             optimizer.step()

@@ -120,7 +120,11 @@ def fit(
 
     class Taught(Trainer):
         def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
         ) -> Any:
             labels = inputs.pop("labels")
             outputs = model(**inputs)

@@ -52,7 +52,7 @@ def convert(checkpoint: Path, target: Path) -> None:
         checkpoint: Folder with ``bert_config.json``, ``vocab.txt`` and ``variables``.
         target: An existing folder.
     """
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     config = BertConfig(**json.loads((checkpoint / "bert_config.json").read_text()))
     model = BertModel(config)
@@ -66,7 +66,7 @@ def convert(checkpoint: Path, target: Path) -> None:
     require(not missing, "checkpoint", "hold all weights of the encoder", f"none of {missing}")
     model.load_state_dict(weights)
     model.save_pretrained(target)
-    tokenizer = BertTokenizerFast(
+    tokenizer = BertTokenizer(
         vocab=str(checkpoint / "vocab.txt"), do_lower_case=True, model_max_length=MAX_LENGTH
     )
     tokenizer.save_pretrained(target)

@@ -40,7 +40,7 @@ def read_bundle(index: Path, data: Path) -> dict[str, Tensor]:
         if fields.get(DTYPE) != FLOAT:
             continue
         shape = [
-            _number(dict(_fields(size)).get(1, 0))
+            _number(dict(_fields(_bytes(size))).get(1, 0))
             for number, size in _fields(_bytes(fields.get(SHAPE, b"")))
             if number == 2
         ]

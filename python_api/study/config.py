@@ -217,7 +217,9 @@ def make_config(values: Mapping[str, Any]) -> StudyConfig:
 
 def _named(kind: type[Any], values: Any, where: str) -> tuple[Any, ...]:
     """``{name: {key: value}}`` as specs."""
-    require(isinstance(values, dict) and values, where, "hold names with their values", values)
+    require(
+        isinstance(values, dict) and bool(values), where, "hold names with their values", values
+    )
     found = []
     for name, entry in values.items():
         place = f"{where}.{name}"
@@ -230,7 +232,8 @@ def _named(kind: type[Any], values: Any, where: str) -> tuple[Any, ...]:
 
 def _methods(values: Any) -> tuple[MethodSpec, ...]:
     """The list of methods; every parameter may be a list of values to try."""
-    require(isinstance(values, list) and values, "methods", "be a list of methods", repr(values))
+    good = isinstance(values, list) and bool(values)
+    require(good, "methods", "be a list of methods", repr(values))
     found = []
     for number, value in enumerate(values):
         where = f"methods[{number}]"
@@ -350,7 +353,8 @@ def _check(config: StudyConfig) -> None:
         require(known, f"{where}.teacher", f"be one of {', '.join(names)}", student.teacher)
         needed = any(LabelRegulariser(m.method).teacher == "teacher" for m in config.methods)
         contract = "be given: a method needs one, and there is more than one or none to take"
-        require(not needed or config.teacher_of(student), f"{where}.teacher", contract, "none")
+        given = config.teacher_of(student) is not None
+        require(given or not needed, f"{where}.teacher", contract, "none")
         for key in config.initialisations_of(student):
             contract = f"be some of {', '.join(INITIALISATIONS)}"
             require(key in INITIALISATIONS, "initialisations", contract, repr(key))
@@ -369,7 +373,7 @@ def _check_numbers(config: StudyConfig) -> None:
     seeds = config.seeds
     good = len(seeds) > 0 and len(set(seeds)) == len(seeds) and min(seeds) >= 0
     require(good, "seeds", "be different integers of at least 0", list(seeds))
-    counted = [("", config, ("epochs", "batch_size"))]
+    counted: list[tuple[str, Any, tuple[str, ...]]] = [("", config, ("epochs", "batch_size"))]
     counted += [
         (f"tasks.{task.name}.", task, ("labels", "dev", "test", "epochs")) for task in config.tasks
     ]

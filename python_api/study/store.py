@@ -59,9 +59,13 @@ class Store:
         options = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if self._local else {}
         try:
             with self._alone():
-                # On one machine locks tell who lives.
-                beats = {} if self._local else {"heartbeat_interval": HEARTBEAT}
-                self._storage = RDBStorage(url or sqlite, options, grace_period=GRACE, **beats)
+                self._storage = RDBStorage(
+                    url or sqlite,
+                    options,
+                    # On one machine locks tell who lives.
+                    heartbeat_interval=None if self._local else HEARTBEAT,
+                    grace_period=None if self._local else GRACE,
+                )
                 self._study = optuna.create_study(
                     storage=self._storage,
                     study_name=name,

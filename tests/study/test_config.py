@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kdkernels.api.distill.errors import DistillError
-from kdkernels.api.study import grid
+from kdkernels.api.study import grid, tasks
 from kdkernels.api.study.config import StudyConfig, from_yaml, make_config, read_config
 from kdkernels.api.study.grid import trials_of
 from kdkernels.api.study.worker import keyed
@@ -152,3 +152,14 @@ def test_files_that_are_not_there(write_study: Callable[..., Path], tmp_path: Pa
     for text, message in (("[", "config must be YAML"), ("- a", "config must hold keys and")):
         with pytest.raises(DistillError, match=message):
             from_yaml(text)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_studies_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their files need not be there; nor, for this test, the module that reads GLUE's."""
+    for name in ("cola", "sst-2", "mrpc", "qqp", "mnli", "qnli", "rte"):
+        monkeypatch.setitem(tasks.MAKERS, name, tasks.MAKERS[tasks.OWN])  # type: ignore[index]
+    config = read_config(path, data=False)
+    assert len(config.seeds) == 5 and set(config.initialisations) == {"pretrained", "scratch"}
+    assert len(config.tasks) > 1 and len(config.methods) > 3
+    assert {config.teacher_of(student) for student in config.students} != {None}
