@@ -1,21 +1,24 @@
 """A study's grid against the same trials in a plain Hugging Face Trainer with a live teacher.
 
     python bench/study_compare.py --out study.jsonl      # some 10 minutes on 2 cores
+    python bench/study_compare.py --workers 1 --threads 1 --labels 600    # where cores are shared
 
 Both sides train the same students from the same weights on the same texts, with the same optimizer,
 schedule and number of steps, and evaluate dev and test. The plain side is what one would write
 without this package: one trial after another, batches padded as they come, the teacher's forward
 pass in every step, losses of torch. Times include everything but downloads: teachers, tokenising,
-loading, evaluating.
+loading, evaluating. Processor seconds tell more than the clock's where others use the cores too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +42,10 @@ GRID: dict[str, Any] = {
     "tasks": {"sentiment": {"labels": 1000, "dev": 500, "test": 1000, "max_length": 64}},
     "students": {"minilm-2": {"model": "all-minilm-l6-v2", "layers": [0, 5]}},
     "teachers": {"minilm-6": {"model": "all-minilm-l6-v2", "epochs": 2, "lr": 1e-4}},
-    "initialisations": ["pretrained", "scratch"],
+    "initialisations": ["pretrained"],
     "methods": ["ft", {"method": "ls", "label_smoothing": 0.1}, "kd", "self_kd"],
     "seeds": [0, 1, 2],
-    "lr": {"pretrained": 4e-4, "scratch": 5e-4},
+    "lr": {"pretrained": 4e-4},
     "epochs": 2,
 }
 Scores = dict[tuple[str, str, int], float]
@@ -75,10 +78,10 @@ def loss_of(trial: Trial, logits: Tensor, labels: Tensor, teacher: Tensor | None
     return (1 - alpha) * hard + alpha * t * t * soft
 
 
-def plain(config: StudyConfig, bf16: bool, folder: Path) -> tuple[float, Scores]:
-    """Every trial by Trainer; seconds, and the test accuracy of each."""
+def plain(config: StudyConfig, bf16: bool, folder: Path) -> Scores:
+    """The test accuracy of every trial, by Trainer."""
     texts = Texts(folder, train.Runtime(torch.device("cpu"), bf16), False, print)
-    started, scores = time.perf_counter(), {}
+    scores: Scores = {}
     teachers: dict[str, Any] = {}
     for trial in trials_of(config):
         task: Any = texts.task(trial)
@@ -103,7 +106,7 @@ def plain(config: StudyConfig, bf16: bool, folder: Path) -> tuple[float, Scores]
         scores[trial.initialisation, trial.arm, trial.seed] = score
         if trial.method == "ft":
             teachers[f"{trial.initialisation} {trial.seed}"] = model
-    return time.perf_counter() - started, scores
+    return scores
 
 
 def fit(
@@ -161,16 +164,31 @@ def fit(
     return accuracies[1]
 
 
-def studied(config_path: Path, folder: Path) -> tuple[float, Scores]:
-    """Every trial by the study, as the command runs it; seconds, and the test accuracy of each."""
-    started = time.perf_counter()
-    run_study(config_path, folder, None, None, None, False, Console(quiet=True))
-    seconds, scores = time.perf_counter() - started, {}
+def studied(config_path: Path, folder: Path, workers: int | None, threads: int | None) -> Scores:
+    """The test accuracy of every trial, by the study as the command runs it."""
+    run_study(config_path, folder, None, workers, threads, False, Console(quiet=True))
+    scores = {}
     for line in (folder / EXPORT).read_text().splitlines():
         row = json.loads(line)
         figures = row["result"]["figures"]["test"]
         scores[row["initialisation"], row["arm"], row["seed"]] = figures["accuracy (%)"]
-    return seconds, scores
+    return scores
+
+
+class Clock:
+    """Seconds by the clock and of processors, its children's included."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), self._used()
+
+    @staticmethod
+    def _used() -> float:
+        who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, who))
+
+    def read(self) -> tuple[float, float]:
+        """Both since the beginning."""
+        return time.perf_counter() - self._wall, self._used() - self._processor
 
 
 def summary(scores: Scores, start: str, arm: str) -> str:
@@ -185,45 +203,72 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="append the figures as a JSON line")
-    parser.add_argument("--labels", type=int, help="training texts (1000)")
+    parser.add_argument("--labels", type=int, default=1000, help="training texts")
+    parser.add_argument("--workers", type=int, help="of the study (one a core)")
+    parser.add_argument("--threads", type=int, help="of each process (the study: its own rule)")
     options = parser.parse_args()
     quiet_transformers()
-    if options.labels is not None:
-        GRID["tasks"]["sentiment"]["labels"] = options.labels
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    GRID["tasks"]["sentiment"]["labels"] = options.labels
     config = make_config(GRID)
     texts = Texts(Path(), choose_runtime(config), False, print)
     for trial in trials_of(config):  # downloads are nobody's time
         texts.task(trial)
-    sides: dict[str, tuple[float, Scores]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(GRID))
-        sides["Trainer, fp32"] = plain(config, False, folder / "fp32")
-        sides["study"] = studied(path, folder / "study")
-        if choose_runtime(config).bf16:
-            sides["Trainer, bf16"] = plain(config, True, folder / "bf16")
-    cells = dict.fromkeys(key[:2] for key in sides["study"][1])
-    for side, (seconds, scores) in sides.items():
-        ratio = seconds / sides["study"][0]
-        print(f"{side:<16} {seconds:7.1f} s  {ratio:5.2f} of the study's time")
-        for start, arm in cells:
-            print(f"    {start:<12} {arm:<10} {summary(scores, start, arm)}")
-    if options.out is not None:
-        line = {
-            "bench": "study_compare",
-            "trials": len(trials_of(config)),
-            "torch": torch.__version__,
-            "cpu": torch.cpu.get_capabilities().get("cpu_name"),
-            "threads": torch.get_num_threads(),
-            "seconds": {side: seconds for side, (seconds, _) in sides.items()},
-            "test": {
-                side: {f"{start} {arm}": summary(scores, start, arm) for start, arm in cells}
-                for side, (_, scores) in sides.items()
-            },
+        sides: dict[str, Callable[[], Scores]] = {
+            "study": lambda: studied(path, folder / "study", options.workers, options.threads),
+            "Trainer, fp32": lambda: plain(config, False, folder / "fp32"),
         }
+        if choose_runtime(config).bf16:
+            sides["Trainer, bf16"] = lambda: plain(config, True, folder / "bf16")
+        found = {}
+        for side, run in sides.items():
+            clock = Clock()
+            scores = run()
+            found[side] = (*clock.read(), scores)
+            show(side, found[side], found["study"])
+    if options.out is not None:
         with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(as_line(found, options)) + "\n")
+
+
+Side = tuple[float, float, Scores]
+
+
+def show(side: str, found: Side, ours: Side) -> None:
+    """Prints what a side took, against the study, and its accuracies."""
+    wall, processor, scores = found
+    print(
+        f"{side:<14} {wall:7.1f} s ({wall / ours[0]:5.2f} x)  {processor:7.1f} processor seconds "
+        f"({processor / ours[1]:5.2f} x)"
+    )
+    for start, arm in dict.fromkeys(key[:2] for key in scores):
+        print(f"    {start:<12} {arm:<10} {summary(scores, start, arm)}", flush=True)
+
+
+def as_line(found: dict[str, Side], options: argparse.Namespace) -> dict[str, Any]:
+    """The figures, with what they were measured on."""
+    return {
+        "bench": "study_compare",
+        "labels": options.labels,
+        "workers": options.workers,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name"),
+        "seconds": {side: round(wall, 1) for side, (wall, _, _) in found.items()},
+        "processor_seconds": {side: round(used, 1) for side, (_, used, _) in found.items()},
+        "test": {
+            side: {
+                f"{start} {arm}": summary(scores, start, arm)
+                for start, arm in dict.fromkeys(key[:2] for key in scores)
+            }
+            for side, (_, _, scores) in found.items()
+        },
+    }
 
 
 if __name__ == "__main__":

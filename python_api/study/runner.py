@@ -25,7 +25,7 @@ from kdkernels.api.study.analysis import Row
 from kdkernels.api.study.config import StudyConfig, read_config
 from kdkernels.api.study.estimate import dry_run
 from kdkernels.api.study.grid import Trial, trials_of
-from kdkernels.api.study.store import FILE, Store
+from kdkernels.api.study.store import FILE, Store, store_error
 from kdkernels.api.study.worker import POLL, Worker, keyed, work
 
 CONFIG, EXPORT = "config.yaml", "trials.jsonl"
@@ -80,7 +80,7 @@ def run_study(
         Run(config, store, folder, storage, runtime, display).go(workers, threads)
         write_report(config, store, folder, display)
     except Exception as error:
-        sentence = disk_error(error, folder)
+        sentence = disk_error(error, folder) or store_error(error)
         if sentence is None:
             raise
         raise sentence from error

@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from kdkernels.api._files import locked, try_lock
 from kdkernels.api.distill.errors import DistillError
@@ -33,6 +34,7 @@ HEARTBEAT, GRACE = 20, 120
 # How often a key is tried again before a new start of the command, its workers having died.
 ATTEMPTS = 3
 SQLITE_TIMEOUT = 120
+OPENINGS = 5
 
 
 class Store:
@@ -55,17 +57,9 @@ class Store:
         self._workers.mkdir(parents=True, exist_ok=True)
         self._local = url is None
         self._lock = folder / ".store.lock"
-        sqlite = f"sqlite:///{folder / FILE}"
-        options = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if self._local else {}
         try:
             with self._alone():
-                self._storage = RDBStorage(
-                    url or sqlite,
-                    options,
-                    # On one machine locks tell who lives.
-                    heartbeat_interval=None if self._local else HEARTBEAT,
-                    grace_period=None if self._local else GRACE,
-                )
+                self._storage = self._open(url or f"sqlite:///{folder / FILE}")
                 self._study = optuna.create_study(
                     storage=self._storage,
                     study_name=name,
@@ -82,6 +76,23 @@ class Store:
         except Exception as error:  # SQLAlchemy raises many kinds, Optuna some of its own
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise DistillError(f"storage must be a database to write to, got: {reason}") from error
+
+    def _open(self, url: str) -> RDBStorage:
+        """The database with its tables, which another machine may be making at this moment."""
+        for attempt in range(OPENINGS):
+            try:
+                return RDBStorage(
+                    url,
+                    {"connect_args": {"timeout": SQLITE_TIMEOUT}} if self._local else {},
+                    # On one machine locks tell who lives.
+                    heartbeat_interval=None if self._local else HEARTBEAT,
+                    grace_period=None if self._local else GRACE,
+                )
+            except (IntegrityError, ProgrammingError):
+                if attempt == OPENINGS - 1:
+                    raise
+                time.sleep(0.2 * 2**attempt)
+        raise AssertionError
 
     def _alone(self) -> AbstractContextManager[None]:
         """Keeps this machine's other processes out where the database has no row locks."""
@@ -269,3 +280,13 @@ class Taken:
                 return storage.set_trial_state_values(number, state, values)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False  # taken for dead: the result of the other attempt counts
+
+
+def store_error(error: Exception) -> DistillError | None:
+    """The sentence for a database that went away; None when the error is another one."""
+    if not isinstance(error, SQLAlchemyError | optuna.exceptions.StorageInternalError):
+        return None
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return DistillError(
+        f"storage must stay a database that answers, got: {reason}; the same command continues"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Trainer:
     ) -> tuple[dict[str, Any], RegularisedTask, Any]:
         base = self.task(trial)
         task = base.regularised(trial.loss, None if taught is None else taught.logits)
+        gc.collect()  # models are in cycles: the last trial's would count as this one's memory
         reset_peak(self._runtime.device)
         model = new_model(
             base, trial.initialisation, trial.seed, trial.dropout, trial.train_embeddings

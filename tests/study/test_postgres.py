@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pwd
 import shutil
@@ -133,3 +134,28 @@ def test_silence_is_death(server: str, tmp_path: Path, monkeypatch: pytest.Monke
             assert not quiet.finish({"by": "there"}, 0.0)
         assert alive.finish({"by": "there"}, 0.0)
     assert here.results(keys) == {"quiet": {"by": "here"}, "alive": {"by": "there"}}
+
+
+def make_store(url: str, folder: Path) -> None:
+    """Opens a store; what a process of the test does."""
+    Store(url, "race", folder).enqueue(["key"])
+
+
+def test_several_make_the_tables_at_a_time(server: str, tmp_path: Path) -> None:
+    import psycopg
+
+    address = server.partition("//")[2].partition("/")[0]
+    host, _, port = address.partition("@")[2].partition(":")
+    with psycopg.connect(host=host, port=int(port), user="tester", dbname="postgres") as connection:
+        connection.autocommit = True
+        connection.execute("CREATE DATABASE race")
+    context = multiprocessing.get_context("spawn")
+    url = server.removesuffix("/postgres") + "/race"
+    processes = [
+        context.Process(target=make_store, args=(url, tmp_path / str(i))) for i in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.study import store as stores
@@ -198,3 +199,11 @@ def test_locks_of_the_dead_can_be_taken(tmp_path: Path) -> None:
         assert (tmp_path / "workers" / f"{name}.lock").exists()
         assert os.listdir(tmp_path / "workers") == [f"{name}.lock"]
     assert os.listdir(tmp_path / "workers") == []
+
+
+def test_a_database_that_goes_away_is_one_sentence() -> None:
+    gone = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+    sentence = str(stores.store_error(gone))
+    assert sentence.startswith("storage must stay a database that answers, got: ")
+    assert "server closed" in sentence and sentence.endswith("the same command continues")
+    assert stores.store_error(ValueError("x")) is None
