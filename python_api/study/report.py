@@ -177,8 +177,8 @@ def _method(found: Analysis) -> list[str]:
         "narrow with few of them); TOST: two one-sided t-tests against a margin of "
         f"±{found.margin:g} points. At level {found.level:g}: better or worse where Holm's p is "
         "below it, else equivalent where TOST's is, else there is not enough evidence. Tables are "
-        "not corrected for there being several. Peak memory is of a GPU's tensors; without a GPU it "
-        "is that of the whole process, which has done other trials before.",
+        "not corrected for there being several. Peak memory is of a GPU's tensors; without a GPU "
+        "it is that of the whole process, which has done other trials before.",
     ]
     firsts = [row for cell in found.cells for arm in cell.arms for row in arm.rows]
     teachers = {
