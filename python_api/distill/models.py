@@ -121,13 +121,17 @@ class Heading:
     problem: str | None = None
 
 
-def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier") -> Any:
+def load_tokenizer(
+    path: Path, argument: str, kind: str = "a sequence classifier", pad_with_end: bool = False
+) -> Any:
     """Loads the tokenizer in a folder.
 
     Args:
         path: Folder written by ``save_pretrained``.
         argument: Name of the argument, for error messages.
         kind: What the model is to be, with an article, for error messages.
+        pad_with_end: Whether the token that ends a text pads too where there is no other, as GPT's
+            has none.
 
     Raises:
         DistillError: The folder holds none, or one without a padding token.
@@ -138,6 +142,8 @@ def load_tokenizer(path: Path, argument: str, kind: str = "a sequence classifier
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means the same to a user
         raise _not_loadable(path, argument, error, kind) from error
+    if tokenizer.pad_token_id is None and pad_with_end:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise DistillError(f"{argument} must have a tokenizer with a padding token, got {path}")
     return tokenizer
@@ -294,6 +300,10 @@ def cut_model(model: Any, layers: Sequence[int]) -> Any:
     parent, name = _layer_list(cut)
     stack = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(stack[layer] for layer in layers))
+    for number, layer in enumerate(getattr(parent, name)):
+        for module in layer.modules():  # by which decoders find their keys and values
+            if getattr(module, "layer_idx", None) is not None:
+                module.layer_idx = number
     cut.config.num_hidden_layers = len(layers)
     kinds = getattr(cut.config, "layer_types", None)
     if kinds is not None:

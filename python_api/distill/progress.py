@@ -49,15 +49,16 @@ class Display:
         finally:
             self._progress.remove_task(task)
 
-    def unit_done(self, line: str) -> None:
-        """Counts a unit as done and leaves a line on the screen."""
-        self.note(line)
+    def unit_done(self, line: str | None) -> None:
+        """Counts a unit as done and leaves a line on the screen, if there is one to leave."""
+        if line is not None:
+            self.note(line)
         if self._overall is not None:
             self._progress.advance(self._overall)
 
     def note(self, line: str) -> None:
         """Prints a line above the bars."""
-        self._progress.console.print(line, highlight=False, markup=False)
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:
@@ -67,6 +68,10 @@ class Bar:
         self._progress = progress
         self._task = task
         self._detail: dict[str, str] = {}
+
+    def title(self, text: str) -> None:
+        """Says what the bar is for from now on."""
+        self._progress.update(self._task, description=text)
 
     def total(self, count: int) -> None:
         """Says how long the bar is."""

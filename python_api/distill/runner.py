@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -164,7 +164,19 @@ def open_config(given: Mapping[str, Any], resume: bool) -> RunConfig:
     return dataclasses.replace(stored, name=name, out=out)
 
 
-def choose_runtime(config: RunConfig) -> Runtime:
+class Placed(Protocol):
+    """A configuration that says where and in which precision to compute."""
+
+    @property
+    def device(self) -> str:
+        """One of ``DEVICES``."""
+
+    @property
+    def precision(self) -> str:
+        """One of ``PRECISIONS``."""
+
+
+def choose_runtime(config: Placed) -> Runtime:
     """Device and precision: bf16 where the processor computes in it, fp32 elsewhere."""
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "device", "be available", "cuda without a usable GPU")

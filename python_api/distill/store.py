@@ -29,9 +29,9 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
     try:
         write(temporary)
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             sync(file)
-            os.chmod(file, 0o666 & ~umask())
+            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~umask())
         os.chmod(temporary, 0o777 & ~umask())
         if path.exists():
             shutil.rmtree(path)

@@ -296,12 +296,19 @@ def batch_loss(
     pad_id: int,
 ) -> Tensor:
     """The loss of one batch of texts."""
+    return objective(*batch_outputs(model, train_set, rows, runtime, pad_id), recipe)
+
+
+def batch_outputs(
+    model: Any, train_set: TrainSet, rows: list[int], runtime: Runtime, pad_id: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What there is of one batch of texts: the model's fp32 logits, the teacher's, the labels."""
     batch = collate(train_set.ids, rows, pad_id, runtime.device)
     labels = None if train_set.labels is None else train_set.labels[rows].to(runtime.device)
     teacher = None if train_set.teacher is None else train_set.teacher[rows].to(runtime.device)
     with runtime.autocast(), runtime.training_attention():
         logits = model(**batch).logits
-    return objective(logits.float(), teacher, labels, recipe)
+    return logits.float(), teacher, labels
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from kdkernels.api.methods.alignment import AlignedLayers, Alignment
 from kdkernels.api.methods.diito import DIITO, DIITOParts
+from kdkernels.api.methods.label_regularisation import LabelRegulariser
 from kdkernels.api.methods.spans import masked_positions, sample_positions, sample_spans
 from kdkernels.api.methods.swa import SWA
 
@@ -11,6 +12,7 @@ __all__ = [
     "AlignedLayers",
     "Alignment",
     "DIITOParts",
+    "LabelRegulariser",
     "masked_positions",
     "sample_positions",
     "sample_spans",

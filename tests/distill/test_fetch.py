@@ -242,6 +242,19 @@ def test_members_are_kept_and_the_archive_is_not(members: fetch.Members) -> None
     assert (folder / "a.json").read_text() == "A" and len(told) == 4
 
 
+def test_sets_of_one_archive_have_folders_of_their_own(members: fetch.Members) -> None:
+    """Also files in folders below the prefix."""
+    sums = {f"data/{name}": checksum for name, checksum in members.sha256.items()}
+    other = fetch.Members(members.archive, "tinyset-1.0/", sums, 1.0, folder="other")
+    first, second = (fetch.fetch_members(m, lambda _: None) for m in (members, other))
+    assert first != second and first.name.startswith("Tiny.Set-")
+    assert (first / "a.json").read_text() == (second / "data" / "a.json").read_text() == "A"
+    told: list[str] = []
+    for both in (members, other):
+        fetch.fetch_members(both, told.append)
+    assert told == []
+
+
 def test_archive_put_there_by_hand_is_used_and_stays(
     members: fetch.Members, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

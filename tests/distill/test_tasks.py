@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdkernels import LabelRegulariser
 from kdkernels.api.distill import fetch, tasks
 from kdkernels.api.distill.data import Corpus, Labelled, Limits, divide
 from kdkernels.api.distill.errors import DistillError
@@ -147,6 +148,26 @@ def test_distilled_keeps_all_but_the_training_texts(options: TaskOptions, corpus
     assert sum(task.size(step) for step in task.schedule(1, 16, 0)) == 150, "as it was"
     with pytest.raises(DistillError, match=r"^teacher_logits_transfer must have shape \(60, 2\)"):
         task.distilled(logits[:7], 1.0, 1.0)
+
+
+@pytest.mark.parametrize("method", ["ls", "kd"])
+def test_regularised_losses(options: TaskOptions, corpus: Corpus, method: str) -> None:
+    task = tasks.ClassificationTask(options, corpus)
+    model, teacher = task.new_model(0), task.new_model(1)
+    loss = LabelRegulariser(method)
+    logits = task.train_logits(teacher) if loss.needs_teacher else None
+    taught = task.regularised(loss, logits)
+    for step in taught.schedule(1, 16, 0)[:3]:
+        rows = step[1]
+        given = (logits[rows],) if logits is not None else ()
+        labels = torch.tensor(corpus.train.labels)[rows]
+        wanted = loss(logits_of(task, model, step), labels, *given)
+        torch.testing.assert_close(taught.loss(model, step), wanted)
+    assert taught.evaluate(model, "dev") == task.evaluate(model, "dev")
+    with pytest.raises(DistillError, match=r"teacher_logits must have shape \(150, 2\)"):
+        task.regularised(LabelRegulariser("kd"), torch.zeros(3, 2))
+    used = task.used_tokens()
+    assert used.tolist() == sorted(set(used.tolist()) | {task.tokenizer.pad_token_id})
 
 
 def test_without_transfer_texts_labels_join_the_teacher(

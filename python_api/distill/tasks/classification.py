@@ -19,6 +19,7 @@ from kdkernels.api.distill.tasks.encoder import EncoderTask, first
 from kdkernels.api.distill.text import collate, encode
 from kdkernels.api.distill.topics import load_topics
 from kdkernels.api.distill.train import EvalSet, Recipe, TrainSet
+from kdkernels.api.methods.label_regularisation import LabelRegulariser
 
 Step = tuple[TrainSet, list[int]]
 
@@ -56,6 +57,7 @@ class ClassificationTask(EncoderTask):
         self._eval = {split: EvalSet(self._ids[split], labels[split]) for split in SPLITS}
         self._transfer: list[list[int]] | None = None
         self._recipe = Recipe(epochs=1, lr=0.0, batch_size=1, seed=0)
+        self._regulariser: LabelRegulariser | None = None
         self.source = self._counted(f"{len(self._train.ids):,} training")
 
     def _counted(self, training: str) -> str:
@@ -109,6 +111,40 @@ class ClassificationTask(EncoderTask):
         other.source = self._counted(f"{len(ids):,} transfer")
         return other
 
+    def train_logits(self, model: Any) -> Tensor:
+        """A teacher's fp32 logits of the training texts, ``[texts, classes]``.
+
+        Args:
+            model: A classifier of this task; left in evaluation mode.
+        """
+        return train.predict(
+            model, self._train.ids, self.options.runtime, self.tokenizer.pad_token_id
+        )
+
+    def regularised(
+        self, loss: LabelRegulariser, teacher_logits: Tensor | None = None
+    ) -> ClassificationTask:
+        """The same task, learning from labels by a regulariser.
+
+        Args:
+            loss: The regulariser.
+            teacher_logits: What :meth:`train_logits` gives of a teacher, where it needs one.
+        """
+        if loss.needs_teacher:
+            shape = (len(self._train.ids), len(self.corpus.label_names))
+            got = None if teacher_logits is None else tuple(teacher_logits.shape)
+            contract = f"have shape {shape}, training texts and classes"
+            require(got == shape, "teacher_logits", contract, got)
+        other = copy.copy(self)
+        other._train = TrainSet(self._train.ids, self._train.labels, teacher_logits)
+        other._regulariser = loss
+        return other
+
+    def used_tokens(self) -> Tensor:
+        """The token ids that occur in the texts of any split, and the padding token; sorted."""
+        ids = {token for part in self._ids.values() for row in part for token in row}
+        return torch.tensor(sorted(ids | {self.tokenizer.pad_token_id}))
+
     def schedule(self, epochs: int, batch_size: int, seed: int) -> list[Step]:
         """All batches of all epochs; the order depends on the seed alone."""
         return train.schedule([self._train], Recipe(epochs, 0.0, batch_size, seed))
@@ -128,8 +164,13 @@ class ClassificationTask(EncoderTask):
         return batch, None
 
     def loss(self, model: Any, step: Step) -> Tensor:
-        """``train.objective`` of a batch: cross-entropy, or the divergence from the teacher."""
+        """The regulariser's loss of a batch; without one ``train.objective``."""
         runtime, pad_id = self.options.runtime, self.tokenizer.pad_token_id
+        if self._regulariser is not None:
+            logits, teacher, labels = train.batch_outputs(model, *step, runtime, pad_id)
+            assert labels is not None
+            loss: Tensor = self._regulariser(logits, labels, teacher)
+            return loss
         return train.batch_loss(model, *step, self._recipe, runtime, pad_id)
 
     def evaluate(self, model: Any, split: str) -> dict[str, float]:

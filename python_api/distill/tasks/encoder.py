@@ -29,7 +29,9 @@ class EncoderTask:
         self.options = options
         self.heading = heading
         self.licences: Sequence[str] = [*model_licences(options.model), *licences]
-        self.tokenizer = models.load_tokenizer(options.model, "model", heading.kind)
+        self.tokenizer = models.load_tokenizer(
+            options.model, "model", heading.kind, pad_with_end=True
+        )
 
     def new_model(self, seed: int) -> Any:
         """The pretrained model before training; its head depends on the seed alone."""
@@ -37,6 +39,8 @@ class EncoderTask:
         model = models.load_headed(options.model, self.heading, "model", seed, other_classes=True)
         if options.layers is not None:
             model = models.cut_model(model, options.layers)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
         return self.ready(model)
 
     def ready(self, model: Any) -> Any:
