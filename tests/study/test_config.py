@@ -15,7 +15,7 @@ from kdkernels.api.study.config import StudyConfig, from_yaml, make_config, read
 from kdkernels.api.study.grid import trials_of
 from kdkernels.api.study.worker import keyed
 
-STUDIES = Path(__file__).parents[2] / "studies"
+STUDIES = Path(__file__).parents[2] / "studies" / "label-regularisation"
 
 
 @pytest.fixture
