@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from kdkernels.api.distill.config import DEVICES, PRECISIONS
 from kdkernels.api.distill.errors import DistillError, require
 from kdkernels.api.methods.label_regularisation import METHODS, LabelRegulariser
-from kdkernels.api.study.tasks import BUILT_IN, OWN, check_name
+from kdkernels.api.study.tasks import BUILT_IN, check_name
 
 PRETRAINED, SCRATCH = "pretrained", "scratch"
 INITIALISATIONS = (PRETRAINED, SCRATCH)
@@ -342,8 +342,8 @@ def _check(config: StudyConfig) -> None:
     for task in config.tasks:
         check_name(task.kind, f"tasks.{task.name}")
         own = task.data is not None
-        contract = "be given for a task of your own" if task.kind == OWN else "be left out"
-        fits = own == (task.kind == OWN) or task.kind not in (*BUILT_IN, OWN)
+        contract = "be left out" if task.kind in BUILT_IN else "name its file or folder"
+        fits = own == (task.kind not in BUILT_IN)
         require(fits, f"tasks.{task.name}.data", contract, task.data)
     _check_arms(config)
     for student in config.students:

@@ -13,10 +13,12 @@ from torch import Tensor
 from kdkernels.api.distill import fetch
 from kdkernels.api.distill.data import Limits
 from kdkernels.api.distill.errors import DistillError
+from kdkernels.api.distill.glue import TASKS as GLUE
 from kdkernels.api.distill.multiemo import load_multiemo
 from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.task import Task, TaskOptions
 from kdkernels.api.distill.tasks import ClassificationTask, sentiment_task, topic_task
+from kdkernels.api.distill.tasks.glue import glue_task
 from kdkernels.api.distill.topics import SETS
 
 if TYPE_CHECKING:
@@ -57,18 +59,24 @@ def _multiemo(spec: TaskSpec, options: TaskOptions) -> RegularisedTask:
     return ClassificationTask(options, corpus, [fetch.MULTIEMO.archive.licence])
 
 
+def _glue(spec: TaskSpec, options: TaskOptions) -> RegularisedTask:
+    assert spec.data is not None
+    return glue_task(options, spec.kind, Path(spec.data))
+
+
 def _own(spec: TaskSpec, options: TaskOptions) -> RegularisedTask:
     assert spec.data is not None
     return ClassificationTask(options, load_own(Path(spec.data), Limits()))
 
 
 Maker = Callable[["TaskSpec", TaskOptions], RegularisedTask]
-# Those that are downloaded; a task read from files of its own is added to MAKERS alone.
+# Those that are downloaded; others are read from files.
 BUILT_IN = ("sentiment", *SETS, "multiemo")
 MAKERS: Mapping[str, Maker] = {
     "sentiment": _sentiment,
     **dict.fromkeys(SETS, _topics),
     "multiemo": _multiemo,
+    **dict.fromkeys((name for name, task in GLUE.items() if task.classes), _glue),
     OWN: _own,
 }
 

@@ -19,6 +19,7 @@ from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.glue import TASKS, Example, load_glue, load_sts
 from kdkernels.api.distill.task import TaskOptions
 from kdkernels.api.distill.train import Loop, Recipe, Runtime, run
+from kdkernels.api.methods.label_regularisation import LabelRegulariser
 
 RUNTIME = Runtime(torch.device("cpu"), bf16=False)
 # Columns of the published files, as one row of them.
@@ -324,6 +325,31 @@ def test_pairs_are_two_segments_and_scores_are_regressed(
     loaded = AutoModelForSequenceClassification.from_pretrained(saved)
     assert loaded.config.problem_type == "regression" and loaded.config.num_labels == 1
     assert task.evaluate(loaded, "test") == figures
+
+
+def test_labels_are_regularised_and_a_batch_is_its_own_source(
+    options: TaskOptions, pairs: Callable[[str], Path]
+) -> None:
+    task = tasks.glue_task(options, "mrpc", pairs("mrpc"))
+    model, step = task.new_model(0), task.schedule(1, 16, 0)[0]
+    base, source = task.pair(step)
+    assert source is None
+    labels, lengths = base.pop("labels"), base.pop("lengths")
+    assert torch.equal(lengths, base["attention_mask"].sum(1))
+    logits = model(**base).logits
+    smoothed = task.regularised(LabelRegulariser("ls", label_smoothing=0.1))
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(smoothed.loss(model, step), expected)
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(task.loss(model, step), plain)
+    taught = task.regularised(
+        LabelRegulariser("kd", alpha=1.0, temperature=2.0), task.train_logits(model)
+    )
+    assert taught.loss(model, step).item() == pytest.approx(0.0, abs=1e-5)  # its own teacher
+    used = task.used_tokens()
+    assert set(base["input_ids"].flatten().tolist()) <= set(used.tolist())
+    with pytest.raises(DistillError, match="teacher_logits must have shape .*, got None"):
+        task.regularised(LabelRegulariser("kd"))
 
 
 def test_mnli_has_two_figures(options: TaskOptions, pairs: Callable[[str], Path]) -> None:

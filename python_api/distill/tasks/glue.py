@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from kdkernels.api.distill.models import Heading, read_config
 from kdkernels.api.distill.task import SPLITS, TaskOptions
 from kdkernels.api.distill.tasks.encoder import EncoderTask, batches, first
 from kdkernels.api.distill.text import collate
+from kdkernels.api.methods.label_regularisation import LabelRegulariser
 
 CLASSES = "single_label_classification"
 SCORES = "regression"
@@ -70,6 +72,8 @@ class GlueTask(EncoderTask):
         for file, count in data.broken.items():
             options.notify(f"{file}: {count} broken lines are left out")
         self.glue = glue
+        self._regulariser: LabelRegulariser | None = None
+        self._teacher_logits: Tensor | None = None
         self.metric = glue.heads(glue.parts[0])[0]
         self.examples = {
             "train": first(data.train, options.train, "train", "examples"),
@@ -107,6 +111,32 @@ class GlueTask(EncoderTask):
         """The number of examples."""
         return len(step)
 
+    def train_logits(self, model: Any) -> Tensor:
+        """A teacher's fp32 logits of the training examples, ``[examples, classes]``."""
+        return self.predict(model, "train")
+
+    def regularised(self, loss: LabelRegulariser, teacher_logits: Tensor | None = None) -> GlueTask:
+        """The same task, learning from labels by a regulariser.
+
+        Args:
+            loss: The regulariser.
+            teacher_logits: What :meth:`train_logits` gives of a teacher, where it needs one.
+        """
+        require(bool(self.glue.classes), "task", "have classes to regularise", "scores")
+        if loss.needs_teacher:
+            shape = (len(self.examples["train"]), len(self.glue.classes))
+            got = None if teacher_logits is None else tuple(teacher_logits.shape)
+            contract = f"have shape {shape}, training examples and classes"
+            require(got == shape, "teacher_logits", contract, got)
+        other = copy.copy(self)
+        other._regulariser, other._teacher_logits = loss, teacher_logits
+        return other
+
+    def used_tokens(self) -> Tensor:
+        """The token ids that occur in any example, and the padding token; sorted."""
+        ids = {token for part in self._encoded.values() for row in part.ids for token in row}
+        return torch.tensor(sorted(ids | {self.tokenizer.pad_token_id}))
+
     def pair(self, step: list[int]) -> tuple[dict[str, Tensor], None]:
         """What a model takes of a batch, and its labels; the batch is its own source."""
         device, part = self.options.runtime.device, self._encoded["train"]
@@ -125,6 +155,11 @@ class GlueTask(EncoderTask):
             logits = model(**batch).logits
         if not self.glue.classes:
             return F.mse_loss(logits.float().squeeze(-1), labels)
+        if self._regulariser is not None:
+            taught = self._teacher_logits
+            given = None if taught is None else taught[step].to(runtime.device)
+            regularised: Tensor = self._regulariser(logits.float(), labels, given)
+            return regularised
         loss: Tensor = kdkernels.kd_loss(logits.float(), None, labels)
         return loss
 
