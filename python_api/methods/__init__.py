@@ -3,7 +3,9 @@
 from kdkernels.api.methods.alignment import AlignedLayers, Alignment
 from kdkernels.api.methods.diito import DIITO, DIITOParts
 from kdkernels.api.methods.spans import masked_positions, sample_positions, sample_spans
+from kdkernels.api.methods.stark import SparseTeacher
 from kdkernels.api.methods.swa import SWA
+from kdkernels.api.methods.teacher_scores import TeacherScores
 
 __all__ = [
     "DIITO",
@@ -11,6 +13,8 @@ __all__ = [
     "AlignedLayers",
     "Alignment",
     "DIITOParts",
+    "SparseTeacher",
+    "TeacherScores",
     "masked_positions",
     "sample_positions",
     "sample_spans",
