@@ -115,7 +115,7 @@ def score(
             _sites.check_model(NAME, each)
     teacher = _sites.unwrapped(model)
     run = _Pass(teacher, student, per, float(temperature))
-    with _frozen(teacher), _frozen(student):
+    with torch.enable_grad(), _frozen(teacher), _frozen(student):
         for batch in loader:
             run.add(batch)
     if not run.batches:
