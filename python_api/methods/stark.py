@@ -306,7 +306,7 @@ def _plain_config(model: Any, layers: Sequence[Layer]) -> Any:
     if len(widths) > 1 or 0 in layers[0].kept:
         return None
     heads, neurons = layers[0].kept
-    config = copy.deepcopy(_sites.unwrapped(model).config)
+    config: Any = copy.deepcopy(_sites.unwrapped(model).config)
     shared: Any = getattr(config, "num_key_value_heads", None)
     units = shared or config.num_attention_heads
     if heads != units:
@@ -322,7 +322,7 @@ def _plain_config(model: Any, layers: Sequence[Layer]) -> Any:
     return config
 
 
-def _load(model: nn.Module, folder: Path) -> None:
+def _load(model: Any, folder: Path) -> None:
     """Weights of their own dtypes into a model of the right widths; tied ones are stored once."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -303,11 +303,12 @@ def _cut(module: Any, outputs: Tensor | None, inputs: Tensor | None = None) -> n
             weight = weight.index_select(0 if of_outputs == linear else 1, index.to(weight.device))
     sizes = weight.shape if linear else weight.shape[::-1]
     with torch.device("meta"):  # no weights are drawn that would be thrown away
-        fresh: Any = nn.Linear(sizes[1], sizes[0], bias is not None) if linear else None
-        fresh = fresh if linear else type(module)(sizes[0], sizes[1])
+        fresh = (
+            nn.Linear(sizes[1], sizes[0], bias is not None) if linear else type(module)(*sizes[:2])
+        )
     fresh.weight = nn.Parameter(weight, module.weight.requires_grad)
     if bias is not None:
         cut = bias.detach() if outputs is None else bias.detach()[outputs.to(bias.device)]
         fresh.bias = nn.Parameter(cut.clone(), bias.requires_grad)
     fresh.train(module.training)
-    return fresh  # type: ignore[no-any-return]
+    return fresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 import kdkernels
 from kdkernels import SparseTeacher, TeacherScores
+from kdkernels.api.methods import stark
 from kdkernels.api.methods.structure import layers_of
+from kdkernels.api.methods.teacher_scores import _own, _students
 from kdkernels.bench.cases import Setting
 from kdkernels.bench.measure import check
 from kdkernels.bench.steps.stark_score_pass import CASE
@@ -289,8 +292,6 @@ def test_lambda_one_ranks_as_the_teacher_alone() -> None:
 
 @pytest.mark.parametrize("classes", [1, 4])
 def test_gradients_at_the_logits_have_a_closed_form(classes: int) -> None:
-    from kdkernels.api.methods.teacher_scores import _own, _students
-
     teacher = torch.randn(5, classes, dtype=torch.float64, requires_grad=True)
     student = torch.randn(5, classes, dtype=torch.float64)
     labels = torch.arange(5) % classes if classes > 1 else torch.randn(5).double()
@@ -460,3 +461,8 @@ def test_the_benchmark_compares_like_with_like(classes: str) -> None:
         assert not isinstance(variant, str)
         for found in check(CASE, setting, (2, 16), variant):
             assert found.passed, found
+
+
+def test_the_example_runs() -> None:
+    found = doctest.testmod(stark)
+    assert found.attempted and not found.failed
