@@ -1,7 +1,7 @@
-"""Whole training steps of the methods, measured as the ops are.
+"""Whole steps of the methods, measured as the ops are.
 
 A file of this folder offers ``CASE`` as those of ``kdkernels.bench.cases``, without ``checks`` and
-``triton_calls``; its inputs begin with the student's parameters, and beside it has
+``triton_calls``; its inputs begin with the parameters of a model, and beside it has
 
 - ``op``: the op whose backends it can run on;
 - ``checked_rows``: the batch on which results and gradients are compared in float64;

@@ -139,7 +139,7 @@ class DiitoStepCase:
             wide = inputs[0].shape[1] == SIZES["hidden_size"]
             models = self._made(SIZES if wide else SMALL)
             first, data = inputs[: models.head], inputs[models.head :]
-            _adopt(models.student, first)
+            adopt(models.student, first)
             models.teacher.to(first[0])
             # float64 inputs are the oracle.
             bf16 = setting.dtype == torch.bfloat16 and first[0].dtype == torch.float32
@@ -149,7 +149,7 @@ class DiitoStepCase:
         return run
 
 
-def _adopt(model: nn.Module, tensors: Inputs) -> None:
+def adopt(model: nn.Module, tensors: Inputs) -> None:
     """Makes tensors the parameters of a model, shared ones as well."""
     by_old = dict(zip(model.parameters(), tensors, strict=True))
     for module in model.modules():

@@ -4,7 +4,9 @@ from kdkernels.api.methods.alignment import AlignedLayers, Alignment
 from kdkernels.api.methods.diito import DIITO, DIITOParts
 from kdkernels.api.methods.label_regularisation import LabelRegulariser
 from kdkernels.api.methods.spans import masked_positions, sample_positions, sample_spans
+from kdkernels.api.methods.stark import SparseTeacher
 from kdkernels.api.methods.swa import SWA
+from kdkernels.api.methods.teacher_scores import TeacherScores
 
 __all__ = [
     "DIITO",
@@ -13,6 +15,8 @@ __all__ = [
     "Alignment",
     "DIITOParts",
     "LabelRegulariser",
+    "SparseTeacher",
+    "TeacherScores",
     "masked_positions",
     "sample_positions",
     "sample_spans",
