@@ -52,7 +52,6 @@ def costs(found: Analysis) -> str:
         axes.set_xlim(0.0, None)
         axes.set_xlabel("seconds a model, its teacher's included", fontsize=8)
         axes.set_ylabel(f"test {cell.metric}", fontsize=8)
-        axes.legend(frameon=False, fontsize=7)
 
     return _svg(found.cells, draw)
 
@@ -81,6 +80,16 @@ def _svg(cells: Sequence[Cell], draw: Callable[[Any, Cell], None]) -> str:
         axes.tick_params(labelsize=8)
         axes.set_title(cells[place].title, loc="left", fontsize=9)
         draw(axes, cells[place])
+    labelled = dict(
+        (label, handle)
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    )
+    if labelled:
+        figure.legend(
+            labelled.values(), labelled, loc="outside lower center", ncols=len(labelled),
+            frameon=False, fontsize=8,
+        )  # fmt: skip
     target = io.StringIO()
     # The same results give the same file: no date, and ids that do not depend on the moment.
     with matplotlib.rc_context({"svg.hashsalt": "kdkernels", "svg.fonttype": "none"}):

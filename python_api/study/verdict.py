@@ -50,7 +50,15 @@ def _of_initialisation(initialisation: str, cells: Sequence[Cell], found: Analys
         f"{len(groups[EQUIVALENT])} equivalent within ±{found.margin:g} points, and for "
         f"{len(groups[UNDECIDED])} there is not enough evidence."
     )
-    return f"{text} {_conclusion(groups, len(named), found.margin)}"
+    text = f"{text} {_conclusion(groups, len(named), found.margin)}"
+    if len(cells) > 1 and (groups[BETTER] or groups[WORSE]):
+        # Holm's correction holds within a cell.
+        chance = 1.0 - (1.0 - found.level) ** len(cells)
+        text += (
+            f" (Were there no difference at all, {len(cells)} tables would still name one in "
+            f"{100 * chance:.0f} % of such studies.)"
+        )
+    return text
 
 
 def _conclusion(groups: dict[str, list[tuple[Cell, Comparison]]], count: int, margin: float) -> str:

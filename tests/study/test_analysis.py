@@ -166,6 +166,14 @@ def test_verdict_tells_initialisations_apart_and_what_is_missing() -> None:
     assert "1 are better (ls on reviews with tiny +2.04)" in after
 
 
+def test_findings_of_several_tables_come_with_their_chance() -> None:
+    alone = study(rows("ls", shifted(BETTER)))
+    assert "tables would still name one" not in verdict(alone)
+    others = [*rows("ft", PLAIN, task="b"), *rows("ls", shifted(NOISE), task="b")]
+    text = verdict(study(rows("ls", shifted(BETTER)), others))
+    assert "2 tables would still name one in 10 % of such studies" in text
+
+
 def test_nothing_to_compare_with_yet() -> None:
     found = analyse(rows("ls", PLAIN), 0.5, 0.05, 10)
     assert "nothing to compare yet" in verdict(found)
