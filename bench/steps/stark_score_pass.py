@@ -35,6 +35,7 @@ class StarkScorePassCase:
 
     op = "gate_scores"
     checked_rows = 2
+    quick_shape = (2, 24)  # of models of a toy's size
     divergences = tuple(CLASSES)
     default_divergences = divergences
     modes = ("forward",)
