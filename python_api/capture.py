@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from kdkernels.api import _sites
 
@@ -205,16 +203,11 @@ def _recorded(record: Callable[[Any], None], original: Callable[..., Any]) -> Ca
 
 def _check_graph(path: str, tensor: Tensor) -> None:
     """Refuses what a reentrant checkpoint computes, without a graph, in the forward pass."""
-    if tensor.requires_grad or torch.is_grad_enabled():
-        return
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            raise RuntimeError(
-                f"Capture: {path} must be outside of reentrant activation checkpoints, got a "
-                "tensor without a graph: checkpoint with use_reentrant=False"
-            )
+    if not tensor.requires_grad and _sites.in_reentrant():
+        raise RuntimeError(
+            f"Capture: {path} must be outside of reentrant activation checkpoints, got a tensor "
+            "without a graph: checkpoint with use_reentrant=False"
+        )
 
 
 def _check_what(what: object) -> tuple[str, ...]:

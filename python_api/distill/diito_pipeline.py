@@ -132,8 +132,8 @@ class DiitoPipeline(ArmPipeline):
         """A student before training.
 
         Of a masked language model the teacher's layers, embeddings and head; of a classifier the
-        pretrained model's layers with a head of its own: the fine-tuned teacher's would know its
-        labels.
+        layers of the model that was given, with a head of their own where that has none: those of a
+        teacher that has been fine-tuned here would know its labels.
         """
         if not self.config.masked_lm:
             return self.paired.new_model(seed)

@@ -125,6 +125,8 @@ def prepare_diito(
     from kdkernels.api.distill.diito_pipeline import DiitoPipeline, make_task
 
     task = make_task(config, runtime, display.note)
+    if not config.teacher_epochs:
+        check_trained(task)
     depth = models.read_config(task.options.model, "model").num_hidden_layers
     alignment = config.aligned(depth)
     depths = (alignment.teacher_layers, alignment.student_layers)
@@ -132,6 +134,22 @@ def prepare_diito(
     fits = depths == (depth, len(config.student_layers))
     require(fits, "alignment", contract, f"{depths[0]} and {depths[1]} in {config.alignment}")
     return DiitoPipeline(config, folder, runtime, display, task).run
+
+
+def check_trained(task: Any) -> None:
+    """Raises unless the model of a task has its head already: a new one would teach nothing."""
+    path, names = task.options.model, task.heading.label_names
+    if names:
+        found = models.trained_label_names(path)
+        contract = f"have the labels {list(names)} in this order if teacher-epochs is 0"
+        classes = models.read_config(path, "model").num_labels
+        fits = found == list(names) or (found is None and classes == len(names))
+        require(fits, "model", contract, found or f"{classes} without names")
+        return
+    kinds = models.read_config(path, "model").architectures or []
+    trained = any(kind.endswith("ForMaskedLM") for kind in kinds)
+    contract = "be a saved masked language model if teacher-epochs is 0"
+    require(trained, "model", contract, kinds)
 
 
 def quiet_transformers() -> None:

@@ -246,6 +246,51 @@ def test_bad_input_is_one_line_and_leaves_no_run(
     assert done.output.count("\n") == 1 and not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "teacher must be a saved sequence classifier if teacher-epochs is 0, got"),
+        (["--task", "mlm"], "model must be a saved masked language model if teacher-epochs is 0"),
+    ],
+)
+def test_a_teacher_that_is_not_trained_must_have_been(
+    command: Command,
+    tiny_teacher: Path,
+    reviews: Path,
+    lines: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    """An encoder's head would be drawn at random, and teach nothing."""
+    data = lines if options else reviews
+    given = [
+        "--data",
+        data,
+        "--model",
+        tiny_teacher,
+        "--student-layers",
+        "0,3",
+        "--max-length",
+        "24",
+    ]
+    done = command("--method", "diito", *options, *given, "--teacher-epochs", "0")
+    assert done.exit_code == 1
+    assert f"distill: {message}" in done.output, done.output
+    assert not Path("runs").exists()
+
+
+def test_a_trained_teacher_is_taken_as_it_is(
+    command: Command, finished_diito: Path, reviews: Path
+) -> None:
+    given = ["--data", reviews, "--model", finished_diito / "teacher", "--student-layers", "0,3"]
+    options = ["--teacher-epochs", "0", "--epochs", "1", "--seeds", "0", "--precision", "fp32"]
+    done = command("--method", "diito", *given, *options, "--labels", "60", "--name", "taken")
+    assert done.exit_code == 0, done.output
+    taken = json.loads(Path("runs/taken/state/teacher.json").read_text())
+    assert taken["kept"]["test"] == results(finished_diito)["teacher"]["kept"]["test"]
+    assert taken["steps"] == 0
+
+
 def test_an_alignment_must_fit_the_models(
     command: Command, diito_run: list[str], tmp_path: Path
 ) -> None:
