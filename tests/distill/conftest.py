@@ -12,49 +12,20 @@ import pytest
 import torch
 import typer
 from click.testing import Result
+from helpers import reviewed
 from typer.testing import CliRunner
-
-GOOD = ["good", "great", "lovely", "fine", "happy"]
-BAD = ["bad", "awful", "dull", "poor", "sad"]
-NEUTRAL = ["the", "film", "phone", "story", "battery", "was", "and", "it", "very", "day"]
-
-
-def _make_text(label: int, source: random.Random) -> str:
-    """A few neutral words and two that give the label away, in random order."""
-    words = source.choices(NEUTRAL, k=source.randint(3, 9))
-    words += source.sample(GOOD if label else BAD, 2)
-    source.shuffle(words)
-    return " ".join(words)
 
 
 @pytest.fixture
 def make_text() -> Callable[[int, random.Random], str]:
     """Makes a text of a class, 0 or 1."""
-    return _make_text
+    return reviewed.make_text
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT encoder with four layers, saved as a transformers folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *NEUTRAL]
-    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    vocabulary.write_text("\n".join(words), encoding="utf-8")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)
-    return folder
+    return reviewed.save_encoder(tmp_path_factory.mktemp("models") / "teacher", 4)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +38,9 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writerow(["text", "label"])
         for i in range(240):
             label = i % 2
-            writer.writerow([_make_text(label, source), ("neg", "pos")[label] if i < 150 else ""])
+            writer.writerow(
+                [reviewed.make_text(label, source), ("neg", "pos")[label] if i < 150 else ""]
+            )
     return path
 
 
@@ -121,7 +94,7 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 600 lines; what follows a word depends on it."""
     source = random.Random(0)
-    words = [*GOOD, *BAD, *NEUTRAL]
+    words = [*reviewed.GOOD, *reviewed.BAD, *reviewed.NEUTRAL]
     after = {word: source.sample(words, 3) for word in words}
     lines = []
     for _ in range(600):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from helpers.killed import kill_behind, resume
 from safetensors.torch import load_file, save_file
 
 from kdkernels.api.distill import pipeline, text, train
@@ -24,10 +22,6 @@ from kdkernels.api.distill.results import ARMS, unit_name
 
 Command = Callable[..., Result]
 UNITS = ["teacher", "logits", *(unit_name(arm, seed) for arm in ARMS for seed in (0, 1))]
-PROGRAM = (
-    "import typer; from kdkernels.api.cli.distill import distill; "
-    "app = typer.Typer(); app.command()(distill); app()"
-)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -202,21 +196,12 @@ def test_stopped_at_any_rename_resumes_to_the_same_numbers(
 
 def test_killed_run_resumes(finished: Path, small_run: list[str], tmp_path: Path) -> None:
     """A real SIGKILL, in the middle of a student's training."""
-    killed = tmp_path / "runs" / "killed"
-    arguments = [sys.executable, "-c", PROGRAM, *small_run[:-1], "killed"]
-    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not (killed / "state" / "labels-seed0.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    killed, options = tmp_path / "runs" / "killed", [*small_run[:-1], "killed"]
+    kill_behind(options, tmp_path, killed / "state" / "labels-seed0.json")
     assert not (killed / "report.md").exists()
     state = killed / "state" / "labels-seed0.json"
     before = state.stat().st_mtime_ns
-    done = subprocess.run([*arguments, "--resume"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    resume(options, tmp_path)
     assert state.stat().st_mtime_ns == before, "a complete unit is not done again"
     assert results(killed) == results(finished)
     check_log(killed)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from safetensors.torch import load_file
+from helpers.killed import kill_behind, resume, same_student
 
 from kdkernels.api.distill import arm_results, swa_train
 from kdkernels.api.distill.config import from_yaml
@@ -27,10 +23,6 @@ from kdkernels.api.distill.train import Runtime
 
 Command = Callable[..., Result]
 ACCURACY = "accuracy (%)"
-PROGRAM = (
-    "import typer; from kdkernels.api.cli.distill import distill; "
-    "app = typer.Typer(); app.command()(distill); app()"
-)
 
 
 @pytest.fixture(scope="session")
@@ -117,21 +109,11 @@ def test_killed_run_resumes_to_the_same_weights(
     finished_swa: Path, swa_run: list[str], tmp_path: Path
 ) -> None:
     """A real SIGKILL, in the middle of a training that averages."""
-    killed = tmp_path / "runs" / "killed"
-    arguments = [sys.executable, "-c", PROGRAM, *swa_run[:-1], "killed"]
-    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not (killed / "state" / "swa-seed0.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    done = subprocess.run([*arguments, "--resume"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    killed, options = tmp_path / "runs" / "killed", [*swa_run[:-1], "killed"]
+    kill_behind(options, tmp_path, killed / "state" / "swa-seed0.json")
+    resume(options, tmp_path)
     assert results(killed) == results(finished_swa)
-    weights = [load_file(run / "student" / "model.safetensors") for run in (killed, finished_swa)]
-    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert same_student(killed, finished_swa)
 
 
 def test_the_average_does_not_change_the_training(

@@ -9,48 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import Result
+from helpers import reviewed
 from typer.testing import CliRunner
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'kdkernels[study]'")
-
-GOOD = ["good", "great", "lovely", "fine", "happy"]
-BAD = ["bad", "awful", "dull", "poor", "sad"]
-NEUTRAL = ["the", "film", "phone", "story", "battery", "was", "and", "it", "very", "day"]
-
-
-def make_text(label: int, source: random.Random) -> str:
-    """A few neutral words and one that gives the label away."""
-    words = source.choices(NEUTRAL, k=source.randint(3, 9))
-    words.append(source.choice(GOOD if label else BAD))
-    source.shuffle(words)
-    return " ".join(words)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT encoder with three layers, saved as a transformers folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *NEUTRAL, "never"]
-    vocabulary.write_text("\n".join(words), encoding="utf-8")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)
-    return folder
+    return reviewed.save_encoder(tmp_path_factory.mktemp("models") / "tiny", 3, "never")
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +32,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for i in range(200):
-            writer.writerow([make_text(i % 2, source), ("neg", "pos")[i % 2]])
+            writer.writerow([reviewed.make_text(i % 2, source, telling=1), ("neg", "pos")[i % 2]])
     return path
 
 
