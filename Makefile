@@ -68,4 +68,6 @@ $(VENV)/tools: $(VENV)/python pyproject.toml constraints.txt
 # The package itself, editable; its native libraries are built by the build verb, incrementally.
 $(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt setup.py
 	KDKERNELS_NATIVE=off $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[triton,cache,distill,study,test]"
+	# One file of it is compared with; what it asks for itself, data sets and plots, is not needed.
+	$(PIP) install -q --no-deps pyvene==0.1.8
 	touch $@

@@ -55,6 +55,13 @@ class Models:
         return len(list(self.student.parameters()))
 
 
+def draw_texts(vocab: int, batch: int, seq: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Ids of texts, their mask and their lengths, which are more than half of ``seq``."""
+    lengths = torch.randint(seq // 2, (batch,), generator=generator) + seq // 2 + 1
+    mask = (torch.arange(seq) < lengths[:, None]).long()
+    return torch.randint(vocab, (batch, seq), generator=generator), mask, lengths
+
+
 class DiitoStepCase:
     """See :mod:`kdkernels.bench.steps`. A shape is ``(batch, tokens)``; bfloat16 is autocast."""
 
@@ -79,18 +86,12 @@ class DiitoStepCase:
         batch, seq = shape
         sizes = SMALL if seq < 128 else SIZES
         generator = torch.Generator().manual_seed(0)
-
-        def draw(high: int, *size: int) -> Tensor:
-            return torch.randint(high, size, generator=generator)
-
-        lengths, source_lengths = (draw(seq // 2, batch) + seq // 2 + 1 for _ in range(2))
-        place = torch.arange(seq)
-        mask = (place < lengths[:, None]).long()
-        ids, source = (draw(sizes["vocab_size"], batch, seq) for _ in range(2))
+        vocab = sizes["vocab_size"]
+        ids, mask, lengths = draw_texts(vocab, batch, seq, generator)
+        source, source_mask, source_lengths = draw_texts(vocab, batch, seq, generator)
         chosen = (torch.rand(batch, seq, generator=generator) < MASKED) & mask.bool()
         chosen[:, 0] = True
         labels = torch.where(chosen, ids, -100)
-        source_mask = (place < source_lengths[:, None]).long()
         spans = kdkernels.sample_spans(lengths, source_lengths, share=SHARE, generator=generator)
         index = torch.stack(spans[:3])
         data = (ids, mask, labels, source, source_mask, index)

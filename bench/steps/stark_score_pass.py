@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kdkernels
 from kdkernels.bench.cases import Inputs, Run, Setting
-from kdkernels.bench.steps.diito_step import NO_DROPOUT, SIZES, SMALL, adopt
+from kdkernels.bench.steps.diito_step import NO_DROPOUT, SIZES, SMALL, adopt, draw_texts
 
 # batch x tokens.
 SHAPES = {"cpu": [(8, 128)], "cuda": [(32, 128)]}
@@ -54,11 +54,11 @@ class StarkScorePassCase:
         batch, seq = shape
         small = seq < 128
         generator = torch.Generator().manual_seed(0)
-        lengths = torch.randint(seq // 2, (batch,), generator=generator) + seq // 2 + 1
         vocab = (SMALL if small else SIZES)["vocab_size"]
+        ids, mask, _ = draw_texts(vocab, batch, seq, generator)
         data = (
-            torch.randint(vocab, (batch, seq), generator=generator),
-            (torch.arange(seq) < lengths[:, None]).long(),
+            ids,
+            mask,
             torch.randint(CLASSES[setting.divergence], (batch,), generator=generator),
         )
         teacher, _ = self._made(small, setting.divergence)

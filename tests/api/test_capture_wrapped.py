@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import captured
-from helpers.captured import BERT, MODELS, TOKENS, Net, assert_same, build, gradients, step
+from helpers.captured import (
+    BERT,
+    MODELS,
+    TOKENS,
+    Net,
+    assert_same,
+    build,
+    gradients,
+    in_place,
+    layers_in_place,
+    layers_wrapped,
+    one_process,
+    step,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,10 +39,8 @@ pytest.importorskip("transformers")
 
 @pytest.fixture
 def gloo() -> Iterator[None]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    with one_process():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -118,23 +129,6 @@ def test_inductor() -> None:
         model.zero_grad()
         captured.loss(compiled, x).backward()
         assert_same(gradients(model), expected)
-
-
-def in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="aot_eager", fullgraph=True)
-    return model
-
-
-def layers_in_place(model: nn.Module) -> nn.Module:
-    for layer in model.encoder.layer:
-        layer.compile(backend="aot_eager", fullgraph=True)
-    return model
-
-
-def layers_wrapped(model: nn.Module) -> nn.Module:
-    for i, layer in enumerate(model.encoder.layer):
-        model.encoder.layer[i] = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    return model
 
 
 def parallel(model: nn.Module) -> nn.Module:

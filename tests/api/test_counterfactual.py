@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.captured import BERT, MODELS, assert_same, build, gradients
+from helpers.captured import (
+    BERT,
+    MODELS,
+    assert_same,
+    build,
+    gradients,
+    in_place,
+    layers_in_place,
+    layers_wrapped,
+    one_process,
+)
 from helpers.intervened import (
     BASE,
     OTHER_SPANS,
@@ -20,11 +30,7 @@ from helpers.intervened import (
     compiled_parallel,
     expected_of,
     hooked,
-    in_place,
-    layers_in_place,
-    layers_wrapped,
     loss_of,
-    one_process,
     outputs_of,
     parallel,
     sharded,

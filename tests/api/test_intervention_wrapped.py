@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import intervened
-from helpers.captured import BERT, MODELS, assert_same, build, gradients
+from helpers.captured import (
+    BERT,
+    MODELS,
+    assert_same,
+    build,
+    gradients,
+    layers_in_place,
+    layers_wrapped,
+    one_process,
+)
 from helpers.intervened import (
     BASE,
     OTHER_SPANS,
@@ -24,10 +33,7 @@ from helpers.intervened import (
     Net,
     checkpointed_compiled,
     expected_of,
-    layers_in_place,
-    layers_wrapped,
     loss_of,
-    one_process,
     parallel,
     sharded,
     step,

@@ -97,6 +97,36 @@ def test_predict_keeps_the_order(task: tuple[Any, train.TrainSet, train.EvalSet]
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+def test_accumulated_batches_are_one_step() -> None:
+    """The same weights as with batches twice as large."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 5), torch.randn(24, 2)
+    rows = [list(range(first, first + 4)) for first in range(0, 24, 4)]
+    ends, counts, rates = [], [], []
+    for steps, accumulate in (
+        (rows, 2),
+        ([a + b for a, b in zip(rows[::2], rows[1::2], strict=True)], 1),
+    ):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(5, 2)
+        seen: list[dict[str, Any]] = []
+        loop = train.Loop[list[int]](
+            loss=lambda part, model=model: F.mse_loss(model(x[part]), y[part]),
+            evaluate=lambda: 0.0,
+            metric="none",
+            size=len,
+            on_event=seen.append,
+        )
+        given = recipe(evaluations=0, accumulate=accumulate, betas=(0.8, 0.9), eps=1e-6)
+        found = train.run(model, steps, loop, given)
+        ends.append([p.detach() for p in model.parameters()])
+        counts.append((found.steps, found.examples))
+        rates.append([event["loss"] for event in seen if "loss" in event])
+    assert counts == [(3, 24)] * 2
+    torch.testing.assert_close(ends[0], ends[1])
+    torch.testing.assert_close(rates[0], rates[1])
+
+
 def test_learning_rate_rises_then_falls_to_zero() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = train.make_optimizer([parameter], lr=1.0)

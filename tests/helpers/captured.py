@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,6 +110,38 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     with Capture(model, ["layers.0", "layers.1"]) as seen:
         logits = model(x)
     return logits.square().mean() + sum(tensor.square().mean() for tensor in seen.values())
+
+
+GROUPS: list[Any] = []
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    # Freeing a group joins its threads under the interpreter's lock, which a thread that has just
+    # reduced may wait for to let go of its work: a deadlock. So it lives on.
+    GROUPS.append(torch.distributed.group.WORLD)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def layers_in_place(model: nn.Module) -> nn.Module:
+    for layer in model.encoder.layer:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def layers_wrapped(model: nn.Module) -> nn.Module:
+    for i, layer in enumerate(model.encoder.layer):
+        model.encoder.layer[i] = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    return model
 
 
 def main() -> None:

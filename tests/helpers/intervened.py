@@ -28,7 +28,6 @@ OTHER_SPANS = Spans(torch.tensor([0, 5]), torch.tensor([1, 4]), torch.tensor([6,
 POSITIONS = Positions(
     torch.tensor([[0, 6], [0, 1], [1, 2]]), torch.tensor([[1, 0], [0, 0], [1, 6]])
 )
-GROUPS: list[Any] = []
 
 
 def pairs(where: Spans | Positions) -> list[tuple[int, int, int, int]]:
@@ -205,18 +204,6 @@ class Net(nn.Module):
         return self.head(x)
 
 
-@contextmanager
-def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    # Freeing a group joins its threads under the interpreter's lock, which a thread that has just
-    # reduced may wait for to let go of its work: a deadlock. So it lives on.
-    GROUPS.append(torch.distributed.group.WORLD)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def checkpointed(model: nn.Module) -> nn.Module:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -224,23 +211,6 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 def checkpointed_compiled(model: nn.Module) -> nn.Module:
     return torch.compile(checkpointed(model), backend="aot_eager")
-
-
-def in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="aot_eager", fullgraph=True)
-    return model
-
-
-def layers_in_place(model: nn.Module) -> nn.Module:
-    for layer in model.encoder.layer:
-        layer.compile(backend="aot_eager", fullgraph=True)
-    return model
-
-
-def layers_wrapped(model: nn.Module) -> nn.Module:
-    for i, layer in enumerate(model.encoder.layer):
-        model.encoder.layer[i] = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    return model
 
 
 def parallel(model: nn.Module) -> nn.Module:
