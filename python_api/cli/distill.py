@@ -10,7 +10,7 @@ import typer
 
 from kdkernels.api.cli.runs import one_sentence, parse_lists
 
-METHODS = ("swa", "diito")
+METHODS = ("swa", "diito", "stark")
 # Options that are lists with commas.
 LISTS: dict[str, Callable[[str], Any]] = {
     "student_layers": int,
@@ -19,6 +19,8 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "arms": str.strip,
     "swa_start": float,
     "swa_every": int,
+    "levels": float,
+    "lams": float,
 }
 
 # Every option is None unless given: the defaults depend on --data and --quick, and a resumed run
@@ -27,6 +29,7 @@ LM = "Language models (--objective lm)"
 CLASSIFICATION = "Classification"
 SWA = "Weight averaging (--method swa)"
 DIITO = "Causal distillation (--method diito)"
+STARK = "Sparse teachers (--method stark)"
 
 Objective = Annotated[
     str | None,
@@ -214,7 +217,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="swa: fine-tune with stochastic weight averaging, and compare; diito: distil with "
-        "interchange interventions, and compare."
+        "interchange interventions, and compare; stark: distil from teachers that are cut, and "
+        "compare."
     ),
 ]
 Config = Annotated[
@@ -248,6 +252,57 @@ Share = Annotated[
     typer.Option(
         rich_help_panel=DIITO, help="Share of the shorter text that is exchanged [default: 0.3]."
     ),
+]
+Levels = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=STARK,
+        help="Shares of heads and neurons that are cut of the teacher [default: 0.1,0.2,...,0.9].",
+    ),
+]
+Lams = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=STARK,
+        help="Shares of the teacher's own loss in the scores; several with commas are compared "
+        "[default: 0.5].",
+    ),
+]
+Per = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=STARK,
+        help="batch, as the released code, or example: whose gradients are made positive "
+        "[default: batch].",
+    ),
+]
+HeldOut = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=STARK,
+        help="Share of the training examples that give the scores and train nothing "
+        "[default: 0.2].",
+    ),
+]
+Faithful = Annotated[
+    bool,
+    typer.Option(
+        "--faithful",
+        rich_help_panel=STARK,
+        help="Scores from the dev examples, which also choose the level, as the released code.",
+    ),
+]
+StudentKind = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=STARK,
+        help="dropped: layers of the teacher, --student-layers; pruned: the teacher, cut by "
+        "--student-level [default: dropped].",
+    ),
+]
+StudentLevel = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=STARK, help="Share cut of a pruned student [default: 0.7]."),
 ]
 TeacherLabels = Annotated[
     int | None,
@@ -373,6 +428,13 @@ def distill(
     positions: Positions = None,
     share: Share = None,
     teacher_labels: TeacherLabels = None,
+    levels: Levels = None,
+    lams: Lams = None,
+    per: Per = None,
+    held_out: HeldOut = None,
+    faithful: Faithful = False,
+    student_kind: StudentKind = None,
+    student_level: StudentLevel = None,
     config: Config = None,
 ) -> None:
     """Fine-tune a real teacher, distil it into a small student, and compare.
@@ -384,6 +446,7 @@ def distill(
     With --recipe, students learn from the teacher's hidden states as published recipes do.
     With --method swa, a model is fine-tuned with weight averaging and without, on --task.
     With --method diito, students are distilled with interchange interventions and without.
+    With --method stark, they are distilled from teachers whose heads and neurons are cut.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -392,6 +455,7 @@ def distill(
     options["quick"] = quick or None
     options["train_embeddings"] = train_embeddings or None
     options["full"] = full or None
+    options["faithful"] = faithful or None
     _run({key: value for key, value in options.items() if value is not None}, resume)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdkernels.api.distill import arm_report, arm_results, swa_train
-from kdkernels.api.distill.arm_results import TITLES, ArmResults
+from kdkernels.api.distill.arm_results import ArmResults, title_of
 from kdkernels.api.distill.config import RunConfig
 from kdkernels.api.distill.progress import Bar, Display
 from kdkernels.api.distill.results import TEACHER, unit_name
@@ -78,13 +78,21 @@ class ArmPipeline(ABC):
         units += self.preparing()
         for arm in self.arms:
             for seed in seeds:
-                title = f"{TITLES[arm]}, seed {seed}"
+                title = f"{title_of(arm)}, seed {seed}"
                 units.append(Unit(unit_name(arm, seed), title, self._student))
         units.append(Unit("student", "choose the model", self._keep_best))
         results = self._units.run(units)
         found = arm_results.gather(results, self.arms, seeds, task.metric, task.higher_is_better)
         self.write(found)
+        self.show(found)
+
+    def show(self, found: ArmResults) -> None:
+        """Prints what was found."""
         arm_report.show(self.display.console, self.folder.path, found)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes the model of an arm into an existing folder."""
+        self.task.save(model, folder)
 
     def _summary(self, result: dict[str, Any]) -> str:
         if "kept" not in result:
@@ -105,7 +113,7 @@ class ArmPipeline(ABC):
         result = self.result(self.task, trained)
         if self._best([*self._done(), (unit, result)]) == unit:
             with trained.kept() as model:
-                write_folder(self.folder.state / unit, lambda path: self.task.save(model, path))
+                write_folder(self.folder.state / unit, lambda path: self.save(model, path))
         return result
 
     def result(self, task: Task[Any], trained: swa_train.Trained) -> dict[str, Any]:

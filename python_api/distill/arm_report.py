@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from kdkernels.api.distill import plot
-from kdkernels.api.distill.arm_results import TITLES, Arm, ArmResults, Difference, mean_text
+from kdkernels.api.distill.arm_results import Arm, ArmResults, Difference, mean_text, title_of
 from kdkernels.api.distill.tables import rich_table
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def difference_cells(difference: Difference) -> tuple[str, ...]:
     """A line of the table of differences."""
     width = "-" if difference.interval is None else f"± {difference.interval:.2f}"
     p = "-" if difference.p is None else _p_text(difference.p).removeprefix("= ")
-    names = f"{TITLES[difference.arm]} against {TITLES[difference.against]}"
+    names = f"{title_of(difference.arm)} against {title_of(difference.against)}"
     return names, f"{difference.mean:+.2f}", width, p
 
 
@@ -79,7 +79,7 @@ def findings(found: ArmResults) -> list[str]:
     """What the tables say, in sentences."""
     sentences = []
     for difference in found.differences:
-        names = f"{TITLES[difference.arm]} against {TITLES[difference.against]}"
+        names = f"{title_of(difference.arm)} against {title_of(difference.against)}"
         sentence = f"{names}: {difference.mean:+.2f}"
         if difference.p is None:
             sentence += ", of too few seeds to say whether that is chance"

@@ -21,6 +21,12 @@ TITLES = {
 # Which arm each one is compared with: it differs in one thing.
 AGAINST = {"swa": "ft", "kd": "ft", "kd-swa": "kd", "diito": "kd", "kd-time": "diito"}
 
+
+def title_of(name: str) -> str:
+    """An arm's name for people."""
+    return TITLES.get(name, name)
+
+
 Figures = Mapping[str, Mapping[str, float]]
 
 
@@ -29,7 +35,7 @@ class Arm:
     """One arm over its seeds.
 
     Attributes:
-        name: ``ft``, ``swa``, ``kd``, ``kd-swa`` or ``teacher``.
+        name: As in ``TITLES``, or what it is called in tables too.
         metric: The figure that chooses.
         units: The result of each seed.
     """
@@ -41,7 +47,7 @@ class Arm:
     @property
     def title(self) -> str:
         """Its name for people."""
-        return TITLES[self.name]
+        return title_of(self.name)
 
     @property
     def averages(self) -> list[str]:
@@ -92,12 +98,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class ArmResults:
-    """Everything the tables, the picture and the report show."""
+    """Everything the tables, the picture and the report show.
+
+    Attributes:
+        pairs: Which arms are compared, each with another one.
+    """
 
     arms: list[Arm]
     higher_is_better: bool
     phases: dict[str, float]
     best: str
+    pairs: Sequence[tuple[str, str]] = tuple(AGAINST.items())
 
     @property
     def metric(self) -> str:
@@ -122,7 +133,7 @@ class ArmResults:
     def differences(self) -> list[Difference]:
         """Each arm against the one it is compared with."""
         found = []
-        for name, against in AGAINST.items():
+        for name, against in self.pairs:
             arm, other = self.arm(name), self.arm(against)
             if arm is not None and other is not None:
                 found.append(self._difference(arm, other))
@@ -170,7 +181,7 @@ def gather(
     for name in arms:
         chosen = [units[unit_name(name, seed)] for seed in seeds]
         found.append(Arm(name, metric, chosen))
-        phases[TITLES[name]] = sum(unit["seconds"] for unit in chosen)
+        phases[title_of(name)] = sum(unit["seconds"] for unit in chosen)
     return ArmResults(found, higher_is_better, phases, units["student"]["best"])
 
 

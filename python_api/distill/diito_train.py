@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.api.distill import train
+from kdkernels.api.distill import arm_train, train
+from kdkernels.api.distill.arm_train import Listener
 from kdkernels.api.distill.diito_config import WEIGHTS, DiitoConfig
 from kdkernels.api.distill.swa_train import Trained
 from kdkernels.api.distill.task import PairedTask, Task
-from kdkernels.api.distill.train import Loop, Recipe
+from kdkernels.api.distill.train import Recipe
 from kdkernels.api.methods.diito import DEFAULTS, DIITO
 
 # Batches by which the pace of two arms is compared; they take turns.
 PACE_STEPS = 12
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 def fit_teacher(task: Task[Any], config: DiitoConfig, seed: int, on_event: Listener) -> Trained:
@@ -30,7 +29,9 @@ def fit_teacher(task: Task[Any], config: DiitoConfig, seed: int, on_event: Liste
     model = task.new_model(seed)
     steps = task.schedule(config.teacher_epochs, config.batch_size, seed)
     loss = partial(task.loss, model)
-    return _run(task, model, steps, loss, config, config.teacher_lr, seed, on_event)
+    return arm_train.fit(
+        task, model, steps, loss, _recipe(config, config.teacher_lr, seed), on_event
+    )
 
 
 def fit_student(
@@ -59,7 +60,7 @@ def fit_student(
     epochs = math.ceil(config.epochs * longer)
     steps = task.schedule(epochs, config.batch_size, seed)
     steps = steps[: round(longer * len(steps) * config.epochs / epochs)]
-    return _run(task, model, steps, loss, config, config.lr, seed, on_event)
+    return arm_train.fit(task, model, steps, loss, _recipe(config, config.lr, seed), on_event)
 
 
 def step_loss(
@@ -145,29 +146,8 @@ def pace(
     return found | {"ratio": statistics.median(a / b for a, b in pairs)}
 
 
-def _run(
-    task: Task[Any],
-    model: Any,
-    steps: Sequence[Any],
-    loss: Callable[[Any], Tensor],
-    config: DiitoConfig,
-    lr: float,
-    seed: int,
-    on_event: Listener,
-) -> Trained:
-    found = Trained(model)
-
-    def evaluate() -> float:
-        figure = task.evaluate(model, "dev")[task.metric]
-        found.curve.append({"live": figure})
-        return figure
-
-    def seen(event: dict[str, Any]) -> None:
-        if "dev" in event:
-            found.curve[-1]["step"] = event["step"]
-        on_event(event)
-
-    recipe = Recipe(
+def _recipe(config: DiitoConfig, lr: float, seed: int) -> Recipe:
+    return Recipe(
         epochs=config.epochs,
         lr=lr,
         batch_size=config.batch_size,
@@ -180,14 +160,3 @@ def _run(
         max_grad_norm=config.max_grad_norm,
         accumulate=config.accumulate,
     )
-    decay = partial(train.linear_decay, warmup_fraction=config.warmup)
-    loop: Loop[Any] = Loop(
-        loss=loss,
-        evaluate=evaluate,
-        metric="dev",
-        size=task.size,
-        on_event=seen,
-        schedule=decay,
-    )
-    found.fitted = train.run(model, steps, loop, recipe)
-    return found

@@ -16,12 +16,13 @@ from kdkernels.api.distill import fetch, models
 from kdkernels.api.distill.config import DistillConfig, RunConfig
 from kdkernels.api.distill.data import Corpus, Limits
 from kdkernels.api.distill.diito_config import DiitoConfig
-from kdkernels.api.distill.errors import require
+from kdkernels.api.distill.errors import DistillError, require
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.pipeline import Pipeline
 from kdkernels.api.distill.progress import Display
 from kdkernels.api.distill.sentiment import load_sentiment
+from kdkernels.api.distill.stark_config import StarkConfig
 from kdkernels.api.distill.store import RunFolder, disk_error
 from kdkernels.api.distill.swa_config import SwaConfig
 from kdkernels.api.distill.train import Runtime
@@ -55,6 +56,8 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
         work = prepare_swa(config, folder, runtime, display)
     elif isinstance(config, DiitoConfig):
         work = prepare_diito(config, folder, runtime, display)
+    elif isinstance(config, StarkConfig):
+        work = prepare_stark(config, folder, runtime, display)
     else:
         assert isinstance(config, DistillConfig)
         work = prepare_classification(config, folder, runtime, display)
@@ -134,6 +137,28 @@ def prepare_diito(
     fits = depths == (depth, len(config.student_layers))
     require(fits, "alignment", contract, f"{depths[0]} and {depths[1]} in {config.alignment}")
     return DiitoPipeline(config, folder, runtime, display, task).run
+
+
+def prepare_stark(
+    config: StarkConfig, folder: RunFolder, runtime: Runtime, display: Display
+) -> Callable[[], None]:
+    """Gathers what the run needs, before it has a folder; returns the run."""
+    from kdkernels.api.distill.stark_pipeline import StarkPipeline, make_task
+    from kdkernels.api.methods.structure import layers_of
+
+    task = make_task(config, runtime, display.note)
+    if not config.teacher_epochs:
+        check_trained(task)
+    path = task.options.model
+    if config.student_kind == "dropped":
+        models.check_layers(
+            models.read_config(path, "model"), config.student_layers, "student-layers", "model"
+        )
+    try:
+        layers_of("SparseTeacher", models.empty_classifier(path, "model"))
+    except ValueError as error:
+        raise DistillError(f"model must be one that can be cut, got {path}: {error}") from error
+    return StarkPipeline(config, folder, runtime, display, task).run
 
 
 def check_trained(task: Any) -> None:

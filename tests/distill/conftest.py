@@ -15,6 +15,8 @@ from click.testing import Result
 from helpers import reviewed
 from typer.testing import CliRunner
 
+GLUE_HEADER = {"RTE": "index\tsentence1\tsentence2\tlabel", "STS-B": "sentence1\tsentence2\tscore"}
+
 
 @pytest.fixture
 def make_text() -> Callable[[int, random.Random], str]:
@@ -42,6 +44,21 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 [reviewed.make_text(label, source), ("neg", "pos")[label] if i < 150 else ""]
             )
     return path
+
+
+@pytest.fixture
+def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RTE and STS-B in a folder each; what decides is the first text alone."""
+    source, above = random.Random(8), tmp_path_factory.mktemp("glue")
+    for task, labels in (("RTE", ("not_entailment", "entailment")), ("STS-B", ("1.0", "4.0"))):
+        (above / task).mkdir()
+        for file, count in (("train.tsv", 130), ("dev.tsv", 40)):
+            lines = [GLUE_HEADER[task]]
+            for i in range(count):
+                texts = f"{reviewed.make_text(i % 2, source)}\tthe day {i}\t{labels[i % 2]}"
+                lines.append(f"{i}\t{texts}" if task == "RTE" else texts)
+            (above / task / file).write_text("\n".join(lines), encoding="utf-8")
+    return above
 
 
 @pytest.fixture(scope="session")

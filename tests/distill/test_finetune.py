@@ -19,7 +19,6 @@ from kdkernels.api.distill.config import from_yaml
 from kdkernels.api.distill.finetune_config import FinetuneConfig
 
 Command = Callable[..., Result]
-GLUE_HEADER = {"RTE": "index\tsentence1\tsentence2\tlabel", "STS-B": "sentence1\tsentence2\tscore"}
 SMALL = ["--precision", "fp32", "--evaluations", "2", "--max-length", "32", "--batch-size", "16"]
 
 
@@ -33,23 +32,6 @@ def finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
     return lambda *arguments: CliRunner().invoke(app, [str(item) for item in arguments])
-
-
-@pytest.fixture
-def glue_folder(
-    tmp_path_factory: pytest.TempPathFactory, make_text: Callable[[int, random.Random], str]
-) -> Path:
-    """RTE and STS-B in a folder each; what decides is the first text alone."""
-    source, above = random.Random(8), tmp_path_factory.mktemp("glue")
-    for task, labels in (("RTE", ("not_entailment", "entailment")), ("STS-B", ("1.0", "4.0"))):
-        (above / task).mkdir()
-        for file, count in (("train.tsv", 130), ("dev.tsv", 40)):
-            lines = [GLUE_HEADER[task]]
-            for i in range(count):
-                texts = f"{make_text(i % 2, source)}\tthe day {i}\t{labels[i % 2]}"
-                lines.append(f"{i}\t{texts}" if task == "RTE" else texts)
-            (above / task / file).write_text("\n".join(lines), encoding="utf-8")
-    return above
 
 
 def kept(folder: Path, seeds: tuple[int, ...]) -> list[dict[str, Any]]:

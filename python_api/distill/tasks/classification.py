@@ -15,7 +15,7 @@ from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.models import Heading
 from kdkernels.api.distill.sentiment import load_sentiment
 from kdkernels.api.distill.task import SPLITS, TaskOptions
-from kdkernels.api.distill.tasks.encoder import EncoderTask, first
+from kdkernels.api.distill.tasks.encoder import EncoderTask, first, held_out
 from kdkernels.api.distill.text import collate, encode
 from kdkernels.api.distill.topics import load_topics
 from kdkernels.api.distill.train import EvalSet, Recipe, TrainSet
@@ -109,6 +109,26 @@ class ClassificationTask(EncoderTask):
             epochs=1, lr=0.0, batch_size=1, seed=0, temperature=temperature, alpha=alpha
         )
         other.source = self._counted(f"{len(ids):,} transfer")
+        return other
+
+    def parts(self, share: float) -> tuple[ClassificationTask, ClassificationTask]:
+        """The same task on the first training texts, and on the last ``share`` of them."""
+        count = len(self._train.ids)
+        first_part = count - held_out(count, share, "texts")
+        return self._trained_on("train", 0, first_part), self._trained_on("train", first_part)
+
+    def on_dev(self) -> ClassificationTask:
+        """The same task with the dev texts as training texts."""
+        return self._trained_on("dev")
+
+    def _trained_on(self, split: str, start: int = 0, end: int | None = None) -> ClassificationTask:
+        rows = slice(start, end)
+        ids, labels = self._ids[split][rows], torch.tensor(self._texts[split].labels[rows])
+        other = copy.copy(self)
+        other._ids = {**self._ids, "train": ids}
+        other._train = TrainSet(ids, labels=labels)
+        other._transfer = self._transfer if self.corpus.transfer else None
+        other.source = self._counted(f"{len(ids):,} training")
         return other
 
     def train_logits(self, model: Any) -> Tensor:

@@ -76,6 +76,18 @@ def first(items: Sequence[Item], count: int | None, argument: str, what: str) ->
     return list(items[:count])
 
 
+def held_out(count: int, share: float, what: str) -> int:
+    """How many of ``count`` training examples a share of them is.
+
+    Raises:
+        DistillError: That is none, or all.
+    """
+    found = round(share * count)
+    contract = f"leave out some of {count} training {what}, and not all"
+    require(0 < found < count, "held-out", contract, f"{found} of them")
+    return found
+
+
 def batches(lengths: Sequence[int], epochs: int, batch_size: int, seed: int) -> list[list[int]]:
     """Rows of similar length for all steps of all epochs; the order depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)

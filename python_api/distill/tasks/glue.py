@@ -18,7 +18,7 @@ from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.glue import FIGURES, TASKS, Example, Glue, GlueData, load_glue, load_sts
 from kdkernels.api.distill.models import Heading, read_config
 from kdkernels.api.distill.task import SPLITS, TaskOptions
-from kdkernels.api.distill.tasks.encoder import EncoderTask, batches, first
+from kdkernels.api.distill.tasks.encoder import EncoderTask, batches, first, held_out
 from kdkernels.api.distill.text import collate
 from kdkernels.api.methods.label_regularisation import LabelRegulariser
 
@@ -82,11 +82,14 @@ class GlueTask(EncoderTask):
         for part, found in data.tests.items():
             self.examples[part or "test"] = first(found, options.test, "test", "examples")
         self._encoded = {part: self._encode(found) for part, found in self.examples.items()}
+        self._origin = data.source
+        self.source = self._counted(data.source)
+
+    def _counted(self, origin: str) -> str:
         counts = {part: f"{len(found):,}" for part, found in self.examples.items()}
-        tests = " and ".join(f"{counts[part or 'test']} {part or 'test'}" for part in glue.parts)
-        self.source = (
-            f"{data.source}: {counts['train']} training, {counts['dev']} dev and {tests} examples"
-        )
+        parts = self.glue.parts
+        tests = " and ".join(f"{counts[part or 'test']} {part or 'test'}" for part in parts)
+        return f"{origin}: {counts['train']} training, {counts['dev']} dev and {tests} examples"
 
     def _encode(self, examples: Sequence[Example]) -> _Encoded:
         config = read_config(self.options.model, "model")
@@ -111,9 +114,46 @@ class GlueTask(EncoderTask):
         """The number of examples."""
         return len(step)
 
+    def parts(self, share: float) -> tuple[GlueTask, GlueTask]:
+        """The same task on the first training examples, and on the last ``share`` of them."""
+        count = len(self.examples["train"])
+        first_part = count - held_out(count, share, "examples")
+        return self._trained_on("train", 0, first_part), self._trained_on("train", first_part)
+
+    def on_dev(self) -> GlueTask:
+        """The same task with the dev examples as training examples."""
+        return self._trained_on("dev")
+
+    def _trained_on(self, split: str, start: int = 0, end: int | None = None) -> GlueTask:
+        rows, part = slice(start, end), self._encoded[split]
+        types = None if part.types is None else part.types[rows]
+        other = copy.copy(self)
+        other.examples = {**self.examples, "train": self.examples[split][rows]}
+        encoded = _Encoded(part.ids[rows], types, part.labels[rows])
+        other._encoded = {**self._encoded, "train": encoded}
+        other.source = other._counted(self._origin)
+        return other
+
     def train_logits(self, model: Any) -> Tensor:
-        """A teacher's fp32 logits of the training examples, ``[examples, classes]``."""
+        """A teacher's fp32 outputs for the training examples, ``[examples, outputs]``."""
         return self.predict(model, "train")
+
+    def transfer_logits(self, model: Any) -> Tensor:
+        """The same: there are no examples without labels to transfer on."""
+        return self.train_logits(model)
+
+    def distilled(
+        self, teacher_logits_transfer: Tensor, temperature: float, alpha: float
+    ) -> GlueTask:
+        """The same task, learning from a teacher's logits and the labels.
+
+        Args:
+            teacher_logits_transfer: What :meth:`transfer_logits` gives, ``[examples, outputs]``.
+            temperature: Temperature of the divergence; scores have none.
+            alpha: Weight of the teacher; the labels have the rest.
+        """
+        loss = LabelRegulariser("kd", alpha=alpha, temperature=temperature)
+        return self._learning(loss, teacher_logits_transfer)
 
     def regularised(self, loss: LabelRegulariser, teacher_logits: Tensor | None = None) -> GlueTask:
         """The same task, learning from labels by a regulariser.
@@ -123,10 +163,13 @@ class GlueTask(EncoderTask):
             teacher_logits: What :meth:`train_logits` gives of a teacher, where it needs one.
         """
         require(bool(self.glue.classes), "task", "have classes to regularise", "scores")
+        return self._learning(loss, teacher_logits)
+
+    def _learning(self, loss: LabelRegulariser, teacher_logits: Tensor | None) -> GlueTask:
         if loss.needs_teacher:
-            shape = (len(self.examples["train"]), len(self.glue.classes))
+            shape = (len(self.examples["train"]), len(self.glue.classes) or 1)
             got = None if teacher_logits is None else tuple(teacher_logits.shape)
-            contract = f"have shape {shape}, training examples and classes"
+            contract = f"have shape {shape}, training examples and outputs"
             require(got == shape, "teacher_logits", contract, got)
         other = copy.copy(self)
         other._regulariser, other._teacher_logits = loss, teacher_logits
@@ -153,13 +196,13 @@ class GlueTask(EncoderTask):
         labels = part.labels[step].to(runtime.device)
         with runtime.autocast(), runtime.training_attention():
             logits = model(**batch).logits
-        if not self.glue.classes:
-            return F.mse_loss(logits.float().squeeze(-1), labels)
         if self._regulariser is not None:
             taught = self._teacher_logits
             given = None if taught is None else taught[step].to(runtime.device)
             regularised: Tensor = self._regulariser(logits.float(), labels, given)
             return regularised
+        if not self.glue.classes:
+            return F.mse_loss(logits.float().squeeze(-1), labels)
         loss: Tensor = kdkernels.kd_loss(logits.float(), None, labels)
         return loss
 
