@@ -95,7 +95,7 @@ class Report:
         console.print(rich_table(title, *self.table()))
         differences = [difference_cells(difference) for difference in self.chosen.differences]
         console.print(rich_table("levels chosen on dev", DIFFERENCE_COLUMNS, differences))
-        for sentence in findings(self.chosen):
+        for sentence in (*findings(self.chosen), self.verdict()):
             console.print(sentence, highlight=False)
         console.print(f"model:  {folder / 'student'}\nreport: {folder / 'report.md'}", markup=False)
 
@@ -134,6 +134,13 @@ class Report:
         assert arm is not None
         return [mean_text(arm.test), mean_text(arm.of("kept", "dev"))]
 
+    def verdict(self) -> str:
+        """Which teacher dev chooses, the dense one among them."""
+        best = self._best([self.results.arm(name) for name in self.cuts])  # type: ignore[misc]
+        if best.name == PLAIN:
+            return "Of all teachers, the dense one is the best on dev: no level is worth its loss."
+        return f"Of all teachers, the dense one among them, that of {best.name} is the best on dev."
+
     def lams(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """A line a lam: the students of every level."""
         columns = ("lam", *(f"{level:.0%}" for level in self._levels), "chosen\non dev")
@@ -159,7 +166,7 @@ class Report:
             f"deviation over seeds {', '.join(map(str, config.seeds))}; students of level 0 are "
             f"plain distillation. {self._how()}",
             markdown_table(DIFFERENCE_COLUMNS, list(map(difference_cells, found.differences))),
-            "Levels are those with the best mean dev figure of each kind.",
+            f"Levels are those with the best mean dev figure of each kind. {self.verdict()}",
             "\n".join(findings(found)),
             "![Students' and teachers' figures by level](levels.png)",
             f"## Share of expressiveness\n\n{markdown_table(*self.lams())}" if several else "",
@@ -231,5 +238,5 @@ class Report:
         right.plot(levels, faster, marker="s", ms=4, color=COLOURS["stark"], label="speed")
         right.set_ylabel("times as fast as dense")
         lines = [*axes.get_lines(), *right.get_lines()]
-        axes.legend(handles=lines, frameon=False, fontsize=8)
+        axes.legend(handles=lines, frameon=False, fontsize=8, loc="upper center")
         axes.set_title("teachers", loc="left", fontsize=10)
