@@ -167,6 +167,7 @@ def fit(
             metric="dev_accuracy",
             size=lambda step: len(step[1]),
             on_event=_shifted(on_event, first, len(steps)),
+            tokens=train.count_tokens,
         )
         # Before the last stage nothing has trained the classifier's head.
         evaluations = hyper.evaluations if last else 0

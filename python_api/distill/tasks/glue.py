@@ -111,6 +111,10 @@ class GlueTask(EncoderTask):
         """The number of examples."""
         return len(step)
 
+    def tokens(self, step: list[int]) -> int:
+        """The number of tokens, without padding."""
+        return sum(len(self._encoded["train"].ids[row]) for row in step)
+
     def train_logits(self, model: Any) -> Tensor:
         """A teacher's fp32 logits of the training examples, ``[examples, classes]``."""
         return self.predict(model, "train")
