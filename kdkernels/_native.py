@@ -25,7 +25,8 @@ def _load(device: str) -> str | None:
     path = _FOLDER / f"_native_{device}.so"
     if not path.exists():
         return f"{path.name} was not built (KDKERNELS_NATIVE=off, or no compiler at install time)"
-    if torch.__version__ < OLDEST_TORCH:  # it would load, and fail at the first call
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
+    if release < OLDEST_TORCH:  # it would load, and fail at the first call
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"{path.name} needs torch {oldest} or newer, this is {torch.__version__}"
     if device == "cuda" and torch.version.cuda is None:
