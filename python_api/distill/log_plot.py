@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CYCLE = ("#E69F00", "#009E73", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#555555", "#B8A800")
 STYLES = ("-", "--", ":", "-.")
 DPI = 130
+FEW = 20
 
 
 def save(path: Path, runs: Sequence[Path]) -> None:
@@ -44,7 +45,7 @@ def save(path: Path, runs: Sequence[Path]) -> None:
     figures = set()
     for colour, label, log in _coloured(logs):
         _line(loss, log.loss, colour, label)
-        _line(dev, log.dev, colour, label, marker="o")
+        _line(dev, log.dev, colour, label)
         _line(speed, log.speed, colour, label)
         for style, (name, points) in zip(
             itertools.cycle(STYLES), sorted(log.parts.items()), strict=False
@@ -82,10 +83,10 @@ def _line(
     colour: str,
     label: str | None,
     style: str = "-",
-    marker: str | None = None,
 ) -> None:
     if points:
         steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) <= FEW else None  # of one point there is no line
         axes.plot(
             steps, values, style, color=colour, label=label, marker=marker, markersize=3,
             linewidth=1.3, alpha=0.8,

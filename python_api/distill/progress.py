@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# A terminal of 80 columns has no room for more than the loss and the dev figure.
+# A terminal of 80 columns has no room for the time passed, parts of a loss and speed.
 WIDE = 120
 
 
@@ -30,9 +30,9 @@ class Display:
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if console.width >= WIDE else []),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[detail]:<20}"),
             console=console,
         )

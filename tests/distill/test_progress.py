@@ -21,6 +21,7 @@ def test_the_bar_shows_time_left_and_where_there_is_room_parts_and_speed(width: 
         bar.event({**EVENT, "tokens_per_s": 12345.6, "dev_accuracy": 71.5})
         bar._progress.refresh()
     shown = screen.getvalue()
+    assert "…" not in shown, "a column is cut off"
     for word in ("distilled, seed 0", "20/80", "ETA", "loss 0.250"):
         assert word in shown
     for word in ("kd 0.200", "ce 0.300", "tok/s 12,346"):
