@@ -26,7 +26,7 @@ Out = Annotated[
 
 def plot(runs: Runs, out: Out = None) -> None:
     """Draw losses, their parts, dev figures and tokens a second of runs into one picture."""
-    with one_sentence("plot"):
+    with one_sentence("plot", hint="nothing was written"):
         from kdkernels.api.distill.log_plot import save
 
         path = out or (runs[0] / "log.png" if len(runs) == 1 else Path("plot.png"))

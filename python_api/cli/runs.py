@@ -35,7 +35,7 @@ def sentence(error: BaseException) -> str:
 def one_sentence(
     command: str,
     extras: str = "distill",
-    hint: str = "the same command with --resume continues",
+    hint: str = "there is nothing to resume yet",
 ) -> Iterator[None]:
     """Makes a failure that the user can act on one sentence and an exit code.
 

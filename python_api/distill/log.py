@@ -76,7 +76,7 @@ class UnitLog:
             for name, value in line.get("parts", {}).items():
                 self.parts.setdefault(name, []).append((step, value))
         elif line.get("event") == "evaluation" and line.get("split") == "dev":
-            (self.figure,) = line.keys() - {"unit", "event", "step", "split"}
+            self.figure = min(line.keys() - {"unit", "event", "step", "split"})
             self.dev.append((step, line[self.figure]))
 
 

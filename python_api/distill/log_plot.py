@@ -65,10 +65,12 @@ def _coloured(
     """Colour, label and log of each training; of several seeds the first has the label."""
     colours: dict[str, str] = {}
     cycle = itertools.cycle(CYCLE)
+    names = [run.resolve().name for run, _ in logs]
     for run, units in logs:
         for unit, log in units.items():
             arm = re.sub(r"-seed\d+$", "", unit)
-            label = arm if len(logs) == 1 else f"{run.resolve().name}: {arm}"
+            name = run.resolve().name if len(set(names)) == len(names) else run
+            label = arm if len(logs) == 1 else f"{name}: {arm}"
             first = label not in colours
             yield (
                 colours.setdefault(label, next(cycle) if first else ""),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ LOG_EVERY = 20
 WEIGHT_DECAY = 0.01
 WARMUP_FRACTION = 0.06
 MAX_GRAD_NORM = 1.0
+# Of what losses return: the sum, what is no loss, and what no run uses.
+NO_PARTS = frozenset({"loss", "n_valid", "extra"})
 
 Step = TypeVar("Step")
 
@@ -123,10 +125,10 @@ def objective(
     Returns:
         The mean loss, a scalar.
     """
-    return parts(logits, teacher, labels, recipe).loss
+    return objective_parts(logits, teacher, labels, recipe).loss
 
 
-def parts(
+def objective_parts(
     logits: Tensor, teacher: Tensor | None, labels: Tensor | None, recipe: Recipe
 ) -> kdkernels.KDParts:
     """The same, with its parts."""
@@ -219,7 +221,7 @@ def fit(
     model.to(runtime.device)
 
     def loss_of(step: tuple[TrainSet, list[int]]) -> kdkernels.KDParts:
-        return parts(*batch_outputs(model, *step, runtime, pad_id), recipe)
+        return objective_parts(*batch_outputs(model, *step, runtime, pad_id), recipe)
 
     def evaluate() -> float:
         return accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
@@ -235,7 +237,8 @@ class Loop(Generic[Step]):
     """What the training loop calls.
 
     Attributes:
-        loss: The loss of a step, with a gradient; or what ``return_parts=True`` gives of one.
+        loss: The loss of a step, with a gradient; or what ``return_parts=True`` gives of one, or
+            :class:`Parted`.
         evaluate: The figure of the curve.
         metric: Its name in events.
         size: How many examples a step has.
@@ -253,6 +256,13 @@ class Loop(Generic[Step]):
     schedule: Callable[[torch.optim.Optimizer, int], Schedule] = linear_decay
     stop: Callable[[], bool] = lambda: False
     tokens: Callable[[Step], int] | None = None
+
+
+class Parted(NamedTuple):
+    """A loss with a gradient, and by name the detached losses that it is made of."""
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
 
 
 @dataclass
@@ -276,8 +286,7 @@ class _Meter:
         """Takes one of ``count`` losses of the step; returns the term to differentiate."""
         term: Tensor = (found if isinstance(found, Tensor) else found.loss) / count
         self.loss += term.detach()
-        for name in () if isinstance(found, Tensor) else found._fields:
-            value = getattr(found, name)
+        for name, value in _named(found).items():
             if name not in NO_PARTS and isinstance(value, Tensor):
                 value = value.detach() / count
                 self.parts[name] = self.parts[name] + value if name in self.parts else value
@@ -298,8 +307,11 @@ class _Meter:
         return {"tokens_per_s": tokens / passed} if tokens and passed > 0 else {}
 
 
-# Of what losses return: the sum, what is no loss, and what no run uses.
-NO_PARTS = frozenset({"loss", "n_valid", "extra"})
+def _named(found: Any) -> Mapping[str, Any]:
+    """The parts of what a loss returned."""
+    if isinstance(found, Tensor):
+        return {}
+    return found.parts if isinstance(found, Parted) else dict(found._asdict())
 
 
 def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> FitResult:

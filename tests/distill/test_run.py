@@ -17,7 +17,7 @@ from click.testing import Result
 from helpers.killed import kill_at_step, kill_behind, resume, same_student
 from safetensors.torch import load_file, save_file
 
-from kdkernels.api.distill import pipeline, text, train
+from kdkernels.api.distill import pipeline, runner, text, train
 from kdkernels.api.distill.config import from_yaml
 from kdkernels.api.distill.results import ARMS, unit_name
 
@@ -237,6 +237,29 @@ def test_killed_at_a_random_step_resumes_to_the_same_weights(
     assert results(killed) == results(finished), f"killed at step {last} of {steps}"
     assert same_student(killed, finished)
     check_log(killed)
+
+
+def test_an_interruption_says_how_to_go_on(
+    command: Command, small_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "my runs"
+    options = [*small_run, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "load_corpus", interrupt)
+        early = command(*options)
+    assert early.exit_code == 130 and not out.exists()
+    assert early.output == "distill: stopped; there is nothing to resume yet\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", interrupt)
+        stopped = command(*options)
+    assert stopped.exit_code == 130
+    hint = f"distill: stopped; resume with: kdkernels distill --resume --name small --out '{out}'\n"
+    assert stopped.output.endswith(hint)
+    done = command("--resume", "--name", "small", "--out", str(out))
+    assert done.exit_code == 0, done.output
 
 
 def test_disk_full_is_one_sentence_and_resumable(
