@@ -16,12 +16,19 @@ import torch
 # Elsewhere only for tests of a library built in another way (make test-sanitize).
 _FOLDER = Path(os.environ.get("KDKERNELS_LIBRARIES") or Path(__file__).parent)
 
+# The stable ABI that the libraries are built against (CMakeLists.txt).
+OLDEST_TORCH = (2, 11)
+
 
 def _load(device: str) -> str | None:
     """Loads ``_native_<device>.so``; returns the reason when that is not possible."""
     path = _FOLDER / f"_native_{device}.so"
     if not path.exists():
         return f"{path.name} was not built (KDKERNELS_NATIVE=off, or no compiler at install time)"
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
+    if release < OLDEST_TORCH:  # it would load, and fail at the first call
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"{path.name} needs torch {oldest} or newer, this is {torch.__version__}"
     if device == "cuda" and torch.version.cuda is None:
         return f"{path.name} needs a CUDA build of torch, this is {torch.__version__}"
     try:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -69,21 +70,41 @@ def test_source_folder_is_no_import_package() -> None:
     assert "import kdkernels instead" in done.stderr
 
 
+# Everything that an extra brings, and what only the command line needs.
+ON_DEMAND = (
+    *("accelerate", "gguf", "lightning", "matplotlib", "optuna", "peft", "psycopg", "rich"),
+    *("safetensors", "scipy", "sqlalchemy", "tokenizers", "transformers", "triton", "typer"),
+    *("yaml", "numpy"),
+)
+
+
 def test_import_is_cheap() -> None:
-    """At most 0.3 s above ``import torch``."""
+    """At most 0.3 s above ``import torch``: time of the processor, which other processes share."""
     program = (
-        "import time, torch; start = time.perf_counter(); import kdkernels; "
-        "print(time.perf_counter() - start)"
+        "import time, torch; start = time.process_time(); import kdkernels; "
+        "print(time.process_time() - start)"
     )
-    seconds = min(float(run(sys.executable, "-c", program)) for _ in range(3))
-    assert seconds < 0.3
+    seconds = [float(run(sys.executable, "-c", program)) for _ in range(5)]
+    assert statistics.median(seconds) < 0.3, seconds
 
 
-def test_import_pulls_in_nothing_heavy() -> None:
+def test_import_pulls_in_nothing_on_demand() -> None:
     program = (
         "import sys, torch; before = set(sys.modules); import kdkernels; "
-        "print([m for m in ('triton', 'transformers', 'typer', 'rich', 'matplotlib', 'numpy') "
-        "if m in sys.modules and m not in before])"
+        f"print([m for m in {ON_DEMAND} if m in sys.modules and m not in before])"
+    )
+    assert run(sys.executable, "-c", program).strip() == "[]"
+
+
+def test_using_the_losses_pulls_in_nothing_on_demand() -> None:
+    """A step on the CPU by the compiled kernels or the reference."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import kdkernels; "
+        "s = torch.randn(3, 7, requires_grad=True); "
+        "kdkernels.kd_loss(s, torch.randn(3, 7), torch.tensor([0, 1, 2]), alpha=0.5).backward(); "
+        "kdkernels.hidden_match_loss(s, torch.randn(3, 7)).backward(); "
+        "kdkernels.WeightAverager(torch.nn.Linear(2, 2)).update(1); "
+        f"print([m for m in {ON_DEMAND} if m in sys.modules and m not in before])"
     )
     assert run(sys.executable, "-c", program).strip() == "[]"
 

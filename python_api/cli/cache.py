@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+from kdkernels.api.cli import complete
+from kdkernels.api.cli.runs import EXIT_FAILED, one_sentence
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Top-k teacher outputs on disk."
@@ -26,12 +26,20 @@ Out = Annotated[str, typer.Option(help="Folder of the cache; what is there is ke
 K = Annotated[int, typer.Option("--k", help="Entries a row.")]
 Temperature = Annotated[float, typer.Option(help="Temperature of the stored distribution.")]
 Bits = Annotated[int, typer.Option(help="Bits of a log-probability, 4 to 16.")]
-Split = Annotated[str, typer.Option(help="train, valid or test.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="train, valid or test.", autocompletion=complete.words("train", "valid", "test")
+    ),
+]
 SeqLen = Annotated[int, typer.Option(help="Tokens of an example.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens to use [default: all].")]
 BatchSize = Annotated[int, typer.Option(help="Examples at a time.")]
 ShardRows = Annotated[int, typer.Option(help="Rows of a shard; a kill loses at most one.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda or auto.", autocompletion=complete.words(*complete.DEVICES)),
+]
 
 
 @app.command()
@@ -103,25 +111,10 @@ def build(
     `torchrun --nproc-per-node 2 -m kdkernels cache build ...`.
     """
     options = dict(locals())
-    from rich.console import Console
+    with one_sentence("cache build", "cache,distill", "the same command continues"):
+        from rich.console import Console
 
-    from kdkernels.api.distill.errors import DistillError
-
-    try:
         from kdkernels.api.cache.build import BuildOptions
         from kdkernels.api.cache.build import build as run
 
         run(BuildOptions(**options), Console())
-    except ModuleNotFoundError as error:
-        typer.echo(
-            f"cache build: the package {error.name} must be installed, got none; "
-            "run `pip install 'kdkernels[cache,distill]'`",
-            err=True,
-        )
-        raise typer.Exit(EXIT_FAILED) from error
-    except DistillError as error:
-        typer.echo(f"cache build: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from error
-    except KeyboardInterrupt as error:
-        typer.echo("cache build: stopped; the same command continues", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from error

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdkernels.api.cli import complete
 from kdkernels.api.cli.runs import one_sentence, parse_lists
 
 METHODS = ("swa", "diito", "stark")
@@ -33,7 +34,10 @@ STARK = "Sparse teachers (--method stark)"
 
 Objective = Annotated[
     str | None,
-    typer.Option(help="classification, or lm: a causal language model [default: classification]."),
+    typer.Option(
+        help="classification, or lm: a causal language model [default: classification].",
+        autocompletion=complete.words(*complete.OBJECTIVES),
+    ),
 ]
 Name = Annotated[
     str | None, typer.Option(help="Name of the run [default: demo; lm: lm; swa: swa].")
@@ -133,8 +137,20 @@ MaxLength = Annotated[
 TrainEmbeddings = Annotated[
     bool, typer.Option("--train-embeddings", help="Train the embeddings too (slower).")
 ]
-Precision = Annotated[str | None, typer.Option(help="bf16, fp32 or auto [default: auto].")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto [default: auto].")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="bf16, fp32 or auto [default: auto].",
+        autocompletion=complete.words(*complete.PRECISIONS),
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda or auto [default: auto].",
+        autocompletion=complete.words(*complete.DEVICES),
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads [default: torch's].")]
 Throughput = Annotated[
     bool | None,
@@ -151,6 +167,7 @@ RecipeNames = Annotated[
         rich_help_panel=CLASSIFICATION,
         help="Distil from hidden states too, beside plain soft labels: tinybert, pkd, minilm, "
         "distilbert, or several with commas. Fewer texts: 3000 transfer [name: recipes].",
+        autocompletion=complete.listed(*complete.RECIPES),
     ),
 ]
 Model = Annotated[
@@ -200,6 +217,7 @@ Route = Annotated[
         rich_help_panel=LM,
         help="hidden: losses from hidden states and heads; logits: from full logits "
         "[default: hidden].",
+        autocompletion=complete.words("hidden", "logits"),
     ),
 ]
 Full = Annotated[
@@ -218,7 +236,8 @@ Method = Annotated[
     typer.Option(
         help="swa: fine-tune with stochastic weight averaging, and compare; diito: distil with "
         "interchange interventions, and compare; stark: distil from teachers that are cut, and "
-        "compare."
+        "compare.",
+        autocompletion=complete.words(*METHODS),
     ),
 ]
 Config = Annotated[
@@ -231,6 +250,7 @@ Alignment = Annotated[
         rich_help_panel=DIITO,
         help="single_middle, middle_late, multilayer or a JSON file: which layers are exchanged "
         "[default: multilayer; mlm: single_middle].",
+        autocompletion=complete.words(*complete.ALIGNMENTS),
     ),
 ]
 IndexMode = Annotated[
@@ -317,6 +337,7 @@ Task = Annotated[
         help="sentiment, r8, r52, 20news (topics), ner, qa, lm, or of GLUE cola, sst-2, mrpc, qqp, "
         "sts-b, mnli, qnli, rte, wnli, with the folder of its files as --data "
         "[default: sentiment].",
+        autocompletion=complete.words(*complete.TASKS),
     ),
 ]
 Arms = Annotated[
@@ -324,6 +345,7 @@ Arms = Annotated[
     typer.Option(
         rich_help_panel=SWA,
         help="Some of ft, swa, kd, kd-swa [default: all; kd only where there are transfer texts].",
+        autocompletion=complete.listed(*complete.ARMS),
     ),
 ]
 TransferEpochs = Annotated[

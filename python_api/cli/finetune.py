@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdkernels.api.cli import complete
 from kdkernels.api.cli.distill import Device, Out, Precision, Resume, Threads
 from kdkernels.api.cli.runs import one_sentence, parse_lists
 
@@ -27,7 +28,8 @@ Task = Annotated[
     str | None,
     typer.Option(
         help="sentiment, r8, r52, 20news (topics), ner, qa, or of GLUE cola, sst-2, mrpc, qqp, "
-        "sts-b, mnli, qnli, rte, wnli [default: sentiment]."
+        "sts-b, mnli, qnli, rte, wnli [default: sentiment].",
+        autocompletion=complete.words(*complete.TASKS[:6], *complete.TASKS[8:]),
     ),
 ]
 Data = Annotated[

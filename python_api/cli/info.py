@@ -12,11 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-
-from kdkernels import _native, ops
-from kdkernels._backend import BACKENDS
 
 PACKAGES = ("kdkernels", "torch", "triton", "numpy")
 OPTIONAL = ("transformers", "accelerate", "datasets", "safetensors", "liger-kernel", "trl")
@@ -27,6 +23,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 def collect() -> dict[str, Any]:
     """Everything that is shown, as plain data; never raises for what is missing."""
+    from kdkernels import _native, ops
+
     return {
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "integrations": {package: _version(package) for package in OPTIONAL},
@@ -41,6 +39,8 @@ def collect() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """CPU, GPU and driver."""
+    import torch
+
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -73,6 +73,8 @@ def _version(package: str) -> str | None:
 
 def _host(function: str) -> dict[str, Any] | None:
     """What the compiled host helpers say, if they were built."""
+    from kdkernels import _native
+
     module = _native.host()
     return None if module is None else dict(getattr(module, function)())
 
@@ -100,6 +102,10 @@ def _driver() -> str | None:
 
 def _backends(op: str, device: str) -> dict[str, str | None]:
     """Backend -> why it cannot run, ``None`` where it can."""
+    import torch
+
+    from kdkernels._backend import BACKENDS
+
     module = importlib.import_module(f"kdkernels.ops.{op}")
     probe = torch.empty(0, 1, device="meta")
     absent = NO_GPU if device == "cuda" and not torch.cuda.is_available() else None

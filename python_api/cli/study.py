@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+from kdkernels.api.cli.runs import one_sentence
+
+FAILURES = {"command": "study", "extras": "distill,study", "hint": "the same command continues"}
 
 
 class RunByDefault(TyperGroup):
@@ -64,7 +63,7 @@ def run(
     Stopped or killed, the same command continues. A study may grow: trials of an earlier
     configuration that are in the new one as well are not done again.
     """
-    with _failures():
+    with one_sentence(**FAILURES):
         from rich.console import Console
 
         from kdkernels.api.study.runner import run_study
@@ -77,34 +76,9 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A study's folder.")], storage: Storage = None
 ) -> None:
     """Write the report of a study again, finished or not."""
-    with _failures():
+    with one_sentence(**FAILURES):
         from rich.console import Console
 
         from kdkernels.api.study.runner import report_study
 
         report_study(folder, storage, Console())
-
-
-@contextmanager
-def _failures() -> Iterator[None]:
-    """Turns a failure into one sentence and an exit code."""
-    from kdkernels.api.distill.errors import DistillError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        _fail(
-            f"the package {error.name} must be installed, got none; "
-            "run `pip install 'kdkernels[distill,study]'`",
-            error,
-        )
-    except DistillError as error:
-        _fail(str(error), error)
-    except KeyboardInterrupt as error:
-        typer.echo("study: stopped; the same command continues", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from error
-
-
-def _fail(sentence: str, error: Exception) -> None:
-    typer.echo(f"study: {sentence}", err=True)
-    raise typer.Exit(EXIT_FAILED) from error

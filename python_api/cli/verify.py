@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from kdkernels._backend import check_name
-from kdkernels.api.backends import available_backends
-from kdkernels.bench import cases
-from kdkernels.bench.accuracy import Check
+from kdkernels.api.cli import complete
+
+if TYPE_CHECKING:
+    from kdkernels.bench.accuracy import Check
 
 SEED = 1
-Op = Annotated[list[str] | None, typer.Option(help="Op to verify [default: all].")]
-Device = Annotated[
-    list[str] | None, typer.Option(help="cpu or cuda [default: cpu, and cuda if there is one].")
+Op = Annotated[
+    list[str] | None,
+    typer.Option(help="Op to verify [default: all].", autocompletion=complete.op_names),
 ]
-Backend = Annotated[list[str] | None, typer.Option(help="Backend [default: all that run here].")]
+Device = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="cpu or cuda [default: cpu, and cuda if there is one].",
+        autocompletion=complete.words("cpu", "cuda"),
+    ),
+]
+Backend = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Backend [default: all that run here].",
+        autocompletion=complete.words(*complete.BACKENDS),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,14 @@ def verify(op: Op = None, device: Device = None, backend: Backend = None) -> Non
     one class, no rows, equal models, large offsets. The budget of an error is twice what PyTorch
     in the same dtype errs, plus the rounding of the result.
     """
+    import torch
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from kdkernels._backend import check_name
+    from kdkernels.api.backends import available_backends
+    from kdkernels.bench import cases
 
     for name in backend or ():
         check_name("verify", name)
@@ -74,6 +91,10 @@ def verify(op: Op = None, device: Device = None, backend: Backend = None) -> Non
 
 def run(op: str, device: str, backend: str) -> Outcome:
     """Runs the checks of an op; one that raises counts as failed."""
+    import torch
+
+    from kdkernels.bench import cases
+
     checks: list[Check] = []
     failures: list[str] = []
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kdkernels.api.distill import arm_report, arm_results, swa_train
+from kdkernels.api.distill import arm_report, arm_results, log, swa_train
 from kdkernels.api.distill.arm_results import ArmResults, title_of
 from kdkernels.api.distill.config import RunConfig
 from kdkernels.api.distill.progress import Bar, Display
@@ -138,18 +138,7 @@ class ArmPipeline(ABC):
 
     def listener(self, unit: str, bar: Bar) -> Any:
         """What takes the events of a training: the screen, and the run's log."""
-
-        def on_event(event: dict[str, Any]) -> None:
-            bar.event(event)
-            if "loss" in event:
-                kept = {key: event[key] for key in ("step", "loss", "lr")}
-                self.folder.log(unit, event="step", **kept)
-            if "dev" in event:
-                self.folder.log(
-                    unit, event="evaluation", step=event["step"], split="dev", figure=event["dev"]
-                )
-
-        return on_event
+        return log.listener(self.folder, unit, bar, "figure")
 
     def _done(self) -> list[tuple[str, dict[str, Any]]]:
         names = [unit_name(arm, seed) for arm in self.arms for seed in self._run_config.seeds]

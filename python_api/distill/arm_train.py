@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from kdkernels.api.distill import train
 from kdkernels.api.distill.swa_train import Trained
 from kdkernels.api.distill.task import Task
@@ -20,7 +18,7 @@ def fit(
     task: Task[Any],
     model: Any,
     steps: Sequence[Any],
-    loss: Callable[[Any], Tensor],
+    loss: Callable[[Any], Any],
     recipe: Recipe,
     on_event: Listener,
 ) -> Trained:
@@ -53,6 +51,7 @@ def fit(
         size=task.size,
         on_event=seen,
         schedule=partial(train.linear_decay, warmup_fraction=recipe.warmup),
+        tokens=task.tokens,
     )
     found.fitted = train.run(model, steps, loop, recipe)
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -17,6 +18,8 @@ DEVICES = ("auto", "cpu", "cuda")
 RECIPES = ("tinybert", "pkd", "minilm", "distilbert")
 # Where a run lives does not change what it computes, so a resume may name it differently.
 LOCATION_KEYS = frozenset({"name", "out"})
+# A number that YAML 1.1, which wants a dot in it, reads as text.
+EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
 @dataclass(frozen=True)
@@ -202,30 +205,39 @@ def option_name(key: str) -> str:
     return key.replace("_", "-")
 
 
+def check_keys(kind: type[RunConfig], given: Mapping[str, Any]) -> None:
+    """Raises ``DistillError`` for a key that is none of this kind's."""
+    known = _keys(kind)
+    for key, value in given.items():
+        contract = f"be left out with {kind.option}"
+        require(key in known, option_name(str(key)), contract, value)
+
+
+def suggestion(key: object, known: Iterable[str]) -> str:
+    """What the user may have meant, as the end of a sentence; nothing if no name is near."""
+    near = difflib.get_close_matches(str(key).replace("-", "_"), sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def config_class(objective: object) -> type[RunConfig]:
     """The kind of configuration that an objective has."""
+    kinds: dict[object, type[RunConfig]] = {kind.objective: kind for kind in config_classes()}
+    named = tuple(
+        kind.objective for kind in kinds.values() if kind.option.startswith("--objective")
+    )
+    require(objective in kinds, "objective", f"be one of {named}", repr(objective))
+    return kinds[objective]
+
+
+def config_classes() -> tuple[type[RunConfig], ...]:
+    """Every kind of configuration."""
     from kdkernels.api.distill.diito_config import DiitoConfig  # they import this module
     from kdkernels.api.distill.finetune_config import FinetuneConfig
     from kdkernels.api.distill.lm_config import LmConfig
     from kdkernels.api.distill.stark_config import StarkConfig
     from kdkernels.api.distill.swa_config import SwaConfig
 
-    kinds: dict[object, type[RunConfig]] = {
-        kind.objective: kind
-        for kind in (
-            DistillConfig,
-            LmConfig,
-            SwaConfig,
-            FinetuneConfig,
-            DiitoConfig,
-            StarkConfig,
-        )
-    }
-    named = tuple(
-        kind.objective for kind in kinds.values() if kind.option.startswith("--objective")
-    )
-    require(objective in kinds, "objective", f"be one of {named}", repr(objective))
-    return kinds[objective]
+    return (DistillConfig, LmConfig, SwaConfig, FinetuneConfig, DiitoConfig, StarkConfig)
 
 
 def make_config(given: Mapping[str, Any]) -> RunConfig:
@@ -239,10 +251,7 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     """
     values = dict(given)
     kind = config_class(values.pop("objective", DistillConfig.objective))
-    known = _keys(kind)
-    for key, value in values.items():
-        contract = f"be left out with {kind.option}"
-        require(key in known, option_name(key), contract, value)
+    check_keys(kind, values)
     config = kind(**(kind.presets(values) | values))
     _check_types(config)
     config.validate()
@@ -302,8 +311,9 @@ def from_yaml(text: str) -> RunConfig:
     # Runs from before there were several objectives do not name theirs.
     kind = config_class(values.pop("objective", DistillConfig.objective))
     known = _keys(kind)
-    unknown = sorted(set(values) - known)
-    require(not unknown, "config.yaml", "hold known keys only", unknown)
+    unknown = sorted(map(str, set(values) - known))
+    meant = suggestion(unknown[0], known) if unknown else ""
+    require(not unknown, "config.yaml", "hold known keys only", f"{unknown}{meant}")
     config = kind(**values)
     _check_types(config)
     return config
@@ -313,10 +323,22 @@ def read_values(path: Path) -> dict[str, Any]:
     """The values in a configuration file of the user's, by key; a run's own file is one.
 
     Raises:
-        DistillError: There is none, or it is no YAML of keys and values.
+        DistillError: There is none, or it is no YAML of keys and values, or a key is no option of
+            any method.
     """
     require(path.is_file(), "config", "be an existing file", path)
-    return _parsed(path.read_text(encoding="utf-8"), str(path))
+    values = _parsed(path.read_text(encoding="utf-8"), str(path))
+    known = {"method", "objective"}.union(*map(_keys, config_classes()))
+    for key in values:
+        meant = suggestion(key, known)
+        require(key in known, str(path), "hold options of kdkernels distill", f"{key!r}{meant}")
+    if "method" in values:
+        method = values.pop("method")
+        methods = [k.objective for k in config_classes() if k.option.startswith("--method")]
+        require(method in methods, "method", f"be one of {', '.join(methods)}", repr(method))
+        require("objective" not in values, "objective", "be left out with method", method)
+        values["objective"] = method
+    return values
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -328,7 +350,16 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise DistillError(f"{name} must be YAML, got: {' '.join(str(error).split())}") from error
     require(isinstance(values, dict), name, "hold keys and values", type(values).__name__)
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return {key: _value(value) for key, value in values.items()}
+
+
+def _value(value: Any) -> Any:
+    """A value of a YAML text: lists as tuples, and 1e-4, which YAML 1.1 takes for a word."""
+    if isinstance(value, list):
+        return tuple(map(_value, value))
+    if isinstance(value, str) and EXPONENT.fullmatch(value):
+        return float(value)
+    return value
 
 
 def check_same(stored: RunConfig, given: Mapping[str, Any]) -> None:
@@ -336,6 +367,7 @@ def check_same(stored: RunConfig, given: Mapping[str, Any]) -> None:
 
     Values that were not given are those of the stored run.
     """
+    check_keys(type(stored), {k: v for k, v in given.items() if k != "objective"})
     for key, value in given.items():
         old = getattr(stored, key, None)
         if key not in LOCATION_KEYS and old != value:

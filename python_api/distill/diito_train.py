@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdkernels.api.distill import arm_train, train
 from kdkernels.api.distill.arm_train import Listener
@@ -56,7 +55,7 @@ def fit_student(
         on_event: As in :func:`~kdkernels.api.distill.train.fit`.
         longer: How many times as many steps as the configuration's epochs have.
     """
-    loss = step_loss(task, model, teacher, config, interchanges, seed)
+    loss = step_loss(task, model, teacher, config, interchanges, seed, return_parts=True)
     epochs = math.ceil(config.epochs * longer)
     steps = task.schedule(epochs, config.batch_size, seed)
     steps = steps[: round(longer * len(steps) * config.epochs / epochs)]
@@ -70,8 +69,9 @@ def step_loss(
     config: DiitoConfig,
     interchanges: bool,
     seed: int,
-) -> Callable[[Any], Tensor]:
-    """The loss of a step, with a gradient."""
+    return_parts: bool = False,
+) -> Callable[[Any], Any]:
+    """The loss of a step, with a gradient; its parts where they are wanted."""
     runtime = task.options.runtime
     weights: dict[str, Any] = weights_of(config, interchanges)
     diito = DIITO(
@@ -88,11 +88,10 @@ def step_loss(
         **weights,
     )
 
-    def loss_of(step: Any) -> Tensor:
+    def loss_of(step: Any) -> Any:  # a Tensor, or DIITOParts
         base, source = task.pair(step)
         with runtime.autocast(), runtime.training_attention():
-            loss: Tensor = diito(base, source)
-        return loss
+            return diito(base, source, return_parts=return_parts)
 
     return loss_of
 

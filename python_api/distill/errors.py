@@ -1,10 +1,18 @@
-"""The one exception of the distillation runner."""
+"""The exceptions of the distillation runner."""
 
 from __future__ import annotations
 
 
 class DistillError(Exception):
     """A failure the user can act on; its text is one sentence, shown without a traceback."""
+
+
+class RunStopped(KeyboardInterrupt):
+    """An interruption of a run that can be resumed; ``hint`` says how."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__(hint)
+        self.hint = hint
 
 
 def require(condition: bool, argument: str, contract: str, got: object) -> None:

@@ -14,7 +14,15 @@ import torch
 import kdkernels
 from kdkernels.api.cache.reader import TeacherCache
 from kdkernels.api.cache.writer import TeacherCacheWriter
-from kdkernels.api.distill import lm_measure, lm_models, lm_report, lm_results, lm_train, models
+from kdkernels.api.distill import (
+    lm_measure,
+    lm_models,
+    lm_report,
+    lm_results,
+    lm_train,
+    log,
+    models,
+)
 from kdkernels.api.distill.errors import DistillError, require
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.lm_data import SPLITS, Block, lm_blocks, spread
@@ -228,18 +236,13 @@ class LmPipeline:
             self.blocks["train"], config.batch_size, config.epochs, int(seed_text)
         )
 
-        def on_event(event: dict[str, Any]) -> None:
-            bar.event(event)
-            kept = {k: event[k] for k in ("step", "loss", "lr", "dev_perplexity") if k in event}
-            if len(kept) > 1:
-                self.folder.log(unit, event="step", **kept)
-
         loop = Loop[list[Block]](
-            loss=lambda step: loss(student, step),
+            loss=lambda step: loss.parts(student, step),
             evaluate=lambda: lm_train.perplexity(student, self.blocks["valid"], self.runtime),
             metric="dev_perplexity",
             size=len,
-            on_event=on_event,
+            on_event=log.listener(self.folder, unit, bar, "perplexity"),
+            tokens=lambda step: len(step) * config.seq_len,
         )
         recipe = Recipe(
             config.epochs, config.lr, config.batch_size, int(seed_text), config.temperature

@@ -61,6 +61,10 @@ class LmLoss:
             student: The model to train.
             blocks: Blocks of one length.
         """
+        return self.parts(student, blocks).loss
+
+    def parts(self, student: Any, blocks: Sequence[Block]) -> kdkernels.KDParts:
+        """The same, with its parts."""
         tokens = stack(blocks).to(self.runtime.device)
         topk = None if self.source.cache is None else self.source.cache.rows(blocks)
         if topk is not None:
@@ -74,14 +78,17 @@ class LmLoss:
             "temperature": self.temperature,
             "ce_weight": 1.0 - self.alpha,
             "kd_weight": self.alpha,
+            "return_parts": True,
         }
 
-    def _hidden(self, student: Any, tokens: Tensor, topk: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _hidden(
+        self, student: Any, tokens: Tensor, topk: tuple[Tensor, Tensor] | None
+    ) -> kdkernels.KDParts:
         head = head_of(student)
         hidden = head_input(student, tokens, self.runtime)
         with head_precision(self.runtime):
             if topk is not None:
-                loss: Tensor = kdkernels.linear_topk_kd_loss(
+                return kdkernels.linear_topk_kd_loss(
                     hidden,
                     head.weight,
                     *topk,
@@ -90,13 +97,21 @@ class LmLoss:
                     shift=1,
                     **self._weights,
                 )
-                return loss
             if self.source.teacher is None:
-                return cross_entropy(hidden, head.weight, head.bias, tokens)
+                return kdkernels.linear_kd_loss(
+                    hidden,
+                    head.weight,
+                    None,
+                    None,
+                    tokens,
+                    student_bias=head.bias,
+                    shift=1,
+                    return_parts=True,
+                )
             with torch.no_grad():
                 known = head_of(self.source.teacher)
                 teacher_hidden = head_input(self.source.teacher, tokens, self.runtime)
-            loss = kdkernels.linear_kd_loss(
+            return kdkernels.linear_kd_loss(
                 hidden,
                 head.weight,
                 teacher_hidden,
@@ -107,20 +122,18 @@ class LmLoss:
                 shift=1,
                 **self._weights,
             )
-            return loss
 
-    def _logits(self, student: Any, tokens: Tensor, topk: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _logits(
+        self, student: Any, tokens: Tensor, topk: tuple[Tensor, Tensor] | None
+    ) -> kdkernels.KDParts:
         logits = _full_logits(student, tokens, self.runtime)
         if topk is not None:
-            loss: Tensor = kdkernels.topk_kd_loss(logits, *topk, tokens, shift=1, **self._weights)
-            return loss
+            return kdkernels.topk_kd_loss(logits, *topk, tokens, shift=1, **self._weights)
         if self.source.teacher is None:
-            loss = kdkernels.kd_loss(logits, None, tokens, shift=1)
-            return loss
+            return kdkernels.kd_loss(logits, None, tokens, shift=1, return_parts=True)
         with torch.no_grad():
             teacher_logits = _full_logits(self.source.teacher, tokens, self.runtime)
-        loss = kdkernels.kd_loss(logits, teacher_logits, tokens, shift=1, **self._weights)
-        return loss
+        return kdkernels.kd_loss(logits, teacher_logits, tokens, shift=1, **self._weights)
 
 
 def stack(blocks: Sequence[Block]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.api.distill import measure, models, report, results, text, train
+from kdkernels.api.distill import log, measure, models, report, results, text, train
 from kdkernels.api.distill.config import DistillConfig
 from kdkernels.api.distill.data import Corpus
 from kdkernels.api.distill.models import Classifier
@@ -138,16 +138,7 @@ class Pipeline:
 
     def _listener(self, unit: str, bar: Bar) -> Callable[[dict[str, Any]], None]:
         """What takes the events of a training: the screen, and the run's log."""
-
-        def on_event(event: dict[str, Any]) -> None:
-            bar.event(event)
-            if "loss" in event:
-                kept = {key: event[key] for key in ("step", "loss", "lr")}
-                self.folder.log(unit, event="step", **kept)
-            if "dev_accuracy" in event:
-                self._log_evaluation(unit, event["step"], "dev", event["dev_accuracy"])
-
-        return on_event
+        return log.listener(self.folder, unit, bar, "accuracy")
 
     def _log_evaluation(self, unit: str, step: int, split: str, accuracy: float) -> None:
         self.folder.log(unit, event="evaluation", step=step, split=split, accuracy=accuracy)

@@ -14,7 +14,11 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
+
+# A terminal of 80 columns has no room for the time passed, parts of a loss and speed.
+WIDE = 120
 
 
 class Display:
@@ -26,7 +30,9 @@ class Display:
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if console.width >= WIDE else []),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[detail]:<20}"),
             console=console,
         )
@@ -45,7 +51,7 @@ class Display:
         """Shows a bar for one unit of work."""
         task = self._progress.add_task(title, total=None, detail="")
         try:
-            yield Bar(self._progress, task)
+            yield Bar(self._progress, task, wide=self.console.width >= WIDE)
         finally:
             self._progress.remove_task(task)
 
@@ -64,8 +70,10 @@ class Display:
 class Bar:
     """The bar of one unit of work."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(self, progress: Progress, task: TaskID, wide: bool = False) -> None:
+        """Args: where it is shown; whether there is room for the parts of a loss."""
         self._progress = progress
+        self._wide = wide
         self._task = task
         self._detail: dict[str, str] = {}
 
@@ -85,10 +93,16 @@ class Bar:
         """Shows a training step."""
         if "loss" in event:
             self._detail["loss"] = f"{event['loss']:.3f}"
+            parts = event.get("parts", {}) if self._wide else {}
+            self._detail |= {name: f"{value:.3f}" for name, value in parts.items()}
+        if "dev" in event:
+            self._detail["dev"] = f"{event['dev']:.2f}"
         if "dev_accuracy" in event:
             self._detail["dev"] = f"{event['dev_accuracy']:.1f}%"
         if "dev_perplexity" in event:
             self._detail["dev"] = f"{event['dev_perplexity']:.1f}"
+        if "tokens_per_s" in event and self._wide:
+            self._detail["tok/s"] = f"{event['tokens_per_s']:,.0f}"
         detail = " ".join(f"{key} {value}" for key, value in self._detail.items())
         self._progress.update(
             self._task, total=event["steps"], completed=event["step"], detail=detail

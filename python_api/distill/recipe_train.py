@@ -16,7 +16,15 @@ from kdkernels.api.distill import models, recipes_fused, train
 from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.recipes import Losses, Options, Shape, SoftLabels, States
 from kdkernels.api.distill.text import collate
-from kdkernels.api.distill.train import EvalSet, FitResult, Loop, Recipe, Runtime, TrainSet
+from kdkernels.api.distill.train import (
+    EvalSet,
+    FitResult,
+    Loop,
+    Parted,
+    Recipe,
+    Runtime,
+    TrainSet,
+)
 
 Batch = Mapping[str, Tensor]
 Event = dict[str, Any]
@@ -68,6 +76,24 @@ class Watched:
         return States(logits.float(), hidden, found[0] if found else {})
 
 
+class _Recorded:
+    """Losses that keep what each of them was, detached and without the recipe's weights."""
+
+    def __init__(self, losses: Losses) -> None:
+        self._losses = losses
+        self.parts: dict[str, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        loss = getattr(self._losses, name)
+
+        def recording(*arguments: Any) -> Tensor:
+            value: Tensor = loss(*arguments)
+            self.parts[name.removeprefix("match_")] = value.detach()
+            return value
+
+        return recording
+
+
 class StepLoss:
     """The loss of one batch of one stage of a recipe."""
 
@@ -99,10 +125,18 @@ class StepLoss:
         with self.runtime.autocast(), self.runtime.training_attention():
             return student(batch), taught
 
-    def of(self, student: States, teacher: States, mask: Tensor) -> Tensor:
+    def of(
+        self, student: States, teacher: States, mask: Tensor, losses: Losses | None = None
+    ) -> Tensor:
         """The loss from given states; ``mask`` is bool ``[batch, sequence]``."""
         with self.runtime.autocast():
-            return self.recipe.loss(self.stage, student, teacher, mask, self.losses)
+            return self.recipe.loss(self.stage, student, teacher, mask, losses or self.losses)
+
+    def parts(self, batch: Batch) -> Parted:
+        """The loss of a batch, with a graph, and what it is made of."""
+        recorded: Any = _Recorded(self.losses)
+        loss = self.of(*self.states(batch), batch["attention_mask"].bool(), recorded)
+        return Parted(loss, recorded.parts)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of a batch, with a graph."""
@@ -167,6 +201,7 @@ def fit(
             metric="dev_accuracy",
             size=lambda step: len(step[1]),
             on_event=_shifted(on_event, first, len(steps)),
+            tokens=train.count_tokens,
         )
         # Before the last stage nothing has trained the classifier's head.
         evaluations = hyper.evaluations if last else 0
@@ -179,9 +214,9 @@ def fit(
     return result
 
 
-def _batch_loss(loss: StepLoss, pad_id: int, step: tuple[TrainSet, list[int]]) -> Tensor:
+def _batch_loss(loss: StepLoss, pad_id: int, step: tuple[TrainSet, list[int]]) -> Parted:
     texts, rows = step
-    return loss(collate(texts.ids, rows, pad_id, loss.runtime.device))
+    return loss.parts(collate(texts.ids, rows, pad_id, loss.runtime.device))
 
 
 def _shifted(on_event: Callable[[Event], None], first: int, total: int) -> Callable[[Event], None]:

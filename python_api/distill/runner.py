@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from kdkernels.api.distill import fetch, models
 from kdkernels.api.distill.config import DistillConfig, RunConfig
 from kdkernels.api.distill.data import Corpus, Limits
 from kdkernels.api.distill.diito_config import DiitoConfig
-from kdkernels.api.distill.errors import DistillError, require
+from kdkernels.api.distill.errors import DistillError, RunStopped, require
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.pipeline import Pipeline
@@ -66,12 +67,23 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
             folder.create(configs.to_yaml(config))
         with folder.locked():
             work()
+    except KeyboardInterrupt as error:
+        if folder.config_file.is_file():
+            raise RunStopped(resume_hint(config)) from error
+        raise
     except Exception as error:
         sentence = disk_error(error, config.folder)
         if sentence is None:
             raise
         raise sentence from error
     return config.folder
+
+
+def resume_hint(config: RunConfig) -> str:
+    """How to go on with a stopped run."""
+    command = config.objective if config.objective == "finetune" else "distill"
+    out = "" if config.out == RunConfig.out else f" --out {shlex.quote(config.out)}"
+    return f"resume with: kdkernels {command} --resume --name {config.name}{out}"
 
 
 def prepare_classification(

@@ -16,7 +16,9 @@ from typing import IO, Any
 from kdkernels.api._files import TEMPORARY_PREFIX, sync, umask, write_file, write_text
 from kdkernels.api.distill.errors import DistillError
 
-__all__ = ["RunFolder", "disk_error", "write_file", "write_folder", "write_text"]
+LOG_NAME = "log.jsonl"
+
+__all__ = ["LOG_NAME", "RunFolder", "disk_error", "write_file", "write_folder", "write_text"]
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
@@ -86,7 +88,7 @@ class RunFolder:
                     f"the run must not be in use, got {self.path}, held by another process"
                 ) from error
             self._clean()
-            with (self.path / "log.jsonl").open("a", encoding="utf-8") as self._log:
+            with (self.path / LOG_NAME).open("a", encoding="utf-8") as self._log:
                 yield
             self._log = None
 
@@ -98,7 +100,7 @@ class RunFolder:
                     shutil.rmtree(leftover)
                 else:
                     leftover.unlink()
-        log = self.path / "log.jsonl"
+        log = self.path / LOG_NAME
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(log, "".join(line for line in lines if self._belongs(line)))

@@ -154,6 +154,7 @@ def fit(
         on_event=on_event,
         schedule=averaging if average else train.linear_decay,
         stop=keeper.stop,
+        tokens=task.tokens,
     )
     recipe = Recipe(
         epochs, lr or config.lr, config.batch_size, seed, evaluations=config.evaluations

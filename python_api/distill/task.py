@@ -69,6 +69,9 @@ class Task(Protocol[Step]):
     def size(self, step: Step) -> int:
         """How many examples a step has."""
 
+    def tokens(self, step: Step) -> int:
+        """How many tokens a step has, without padding."""
+
     def loss(self, model: Any, step: Step) -> Tensor:
         """The mean loss of a step, with a gradient."""
 

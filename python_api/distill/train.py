@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ LOG_EVERY = 20
 WEIGHT_DECAY = 0.01
 WARMUP_FRACTION = 0.06
 MAX_GRAD_NORM = 1.0
+# Of what losses return: the sum, what is no loss, and what no run uses.
+NO_PARTS = frozenset({"loss", "n_valid", "extra"})
 
 Step = TypeVar("Step")
 
@@ -123,8 +125,15 @@ def objective(
     Returns:
         The mean loss, a scalar.
     """
+    return objective_parts(logits, teacher, labels, recipe).loss
+
+
+def objective_parts(
+    logits: Tensor, teacher: Tensor | None, labels: Tensor | None, recipe: Recipe
+) -> kdkernels.KDParts:
+    """The same, with its parts."""
     if teacher is None:
-        return kdkernels.kd_loss(logits, None, labels)
+        return kdkernels.kd_loss(logits, None, labels, return_parts=True)
     return kdkernels.kd_loss(
         logits,
         teacher,
@@ -132,7 +141,14 @@ def objective(
         temperature=recipe.temperature,
         ce_weight=0.0 if labels is None else 1.0 - recipe.alpha,
         kd_weight=recipe.alpha,
+        return_parts=True,
     )
+
+
+def count_tokens(step: tuple[TrainSet, list[int]]) -> int:
+    """The tokens of a batch, without padding."""
+    texts, rows = step
+    return sum(len(texts.ids[row]) for row in rows)
 
 
 def schedule(sets: Sequence[TrainSet], recipe: Recipe) -> list[tuple[TrainSet, list[int]]]:
@@ -195,21 +211,24 @@ def fit(
         recipe: Hyperparameters.
         runtime: Device and precision.
         pad_id: Padding token of the model's tokenizer.
-        on_event: Called after every step (``step``, ``steps``), with ``loss`` and ``lr`` on
-            logged steps and ``dev_accuracy`` at evaluations.
+        on_event: Called after every step (``step``, ``steps``), with ``loss``, its
+            ``parts``, ``lr`` and ``tokens_per_s`` on logged steps and ``dev_accuracy`` at
+            evaluations.
 
     Returns:
         Timing and the dev curve.
     """
     model.to(runtime.device)
 
-    def loss_of(step: tuple[TrainSet, list[int]]) -> Tensor:
-        return batch_loss(model, *step, recipe, runtime, pad_id)
+    def loss_of(step: tuple[TrainSet, list[int]]) -> kdkernels.KDParts:
+        return objective_parts(*batch_outputs(model, *step, runtime, pad_id), recipe)
 
     def evaluate() -> float:
         return accuracy(predict(model, dev.ids, runtime, pad_id), dev.labels)
 
-    loop = Loop(loss_of, evaluate, "dev_accuracy", lambda step: len(step[1]), on_event)
+    loop = Loop(
+        loss_of, evaluate, "dev_accuracy", lambda step: len(step[1]), on_event, tokens=count_tokens
+    )
     return run(model, schedule(sets, recipe), loop, recipe)
 
 
@@ -218,22 +237,81 @@ class Loop(Generic[Step]):
     """What the training loop calls.
 
     Attributes:
-        loss: The loss of a step, with a gradient.
+        loss: The loss of a step, with a gradient; or what ``return_parts=True`` gives of one, or
+            :class:`Parted`.
         evaluate: The figure of the curve.
         metric: Its name in events.
         size: How many examples a step has.
         on_event: As in :func:`fit`.
         schedule: Makes what follows the optimizer, given it and the number of steps.
         stop: Whether to stop early, asked after each evaluation.
+        tokens: How many tokens a step has, where that is known.
     """
 
-    loss: Callable[[Step], Tensor]
+    loss: Callable[[Step], Any]
     evaluate: Callable[[], float]
     metric: str
     size: Callable[[Step], int]
     on_event: Callable[[dict[str, Any]], None]
     schedule: Callable[[torch.optim.Optimizer, int], Schedule] = linear_decay
     stop: Callable[[], bool] = lambda: False
+    tokens: Callable[[Step], int] | None = None
+
+
+class Parted(NamedTuple):
+    """A loss with a gradient, and by name the detached losses that it is made of."""
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@dataclass
+class _Meter:
+    """What a logged step reports: the loss, its parts, and the speed since the last one.
+
+    Everything stays on the device until then: a step that is not logged does not wait for it.
+    """
+
+    device: torch.device
+    loss: Tensor = field(init=False)
+    parts: dict[str, Tensor] = field(init=False)
+    tokens: int = 0
+    since: float = 0.0
+
+    def begin(self) -> None:
+        """A step of the optimizer begins."""
+        self.loss, self.parts = torch.zeros((), device=self.device), {}
+
+    def add(self, found: Any, count: int) -> Tensor:
+        """Takes one of ``count`` losses of the step; returns the term to differentiate."""
+        term: Tensor = (found if isinstance(found, Tensor) else found.loss) / count
+        self.loss += term.detach()
+        for name, value in _named(found).items():
+            if name not in NO_PARTS and isinstance(value, Tensor):
+                value = value.detach() / count
+                self.parts[name] = self.parts[name] + value if name in self.parts else value
+        return term
+
+    def report(self) -> dict[str, Any]:
+        """The loss and its parts but those that are 0, which waits for the device."""
+        event: dict[str, Any] = {"loss": self.loss.item()}
+        if self.parts:
+            parts = {name: value.item() for name, value in self.parts.items()}
+            event["parts"] = {name: value for name, value in parts.items() if value}
+        return event
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Tokens a second since the last time; nothing where tokens are not counted."""
+        tokens, passed = self.tokens, seconds - self.since
+        self.tokens, self.since = 0, seconds
+        return {"tokens_per_s": tokens / passed} if tokens and passed > 0 else {}
+
+
+def _named(found: Any) -> Mapping[str, Any]:
+    """The parts of what a loss returned."""
+    if isinstance(found, Tensor):
+        return {}
+    return found.parts if isinstance(found, Parted) else dict(found._asdict())
 
 
 def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> FitResult:
@@ -257,16 +335,15 @@ def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> 
     schedule = loop.schedule(optimizer, len(parts))
     evaluations = recipe.evaluations
     evaluate_every = max(1, -(-len(parts) // evaluations)) if evaluations else len(parts) + 1
-    result = FitResult()
+    result, meter = FitResult(), _Meter(weights[0].device)
     torch.manual_seed(recipe.seed)  # dropout; here, because loading a model draws numbers too
     for number, part in enumerate(parts, start=1):
         started = time.perf_counter()
         model.train()
-        loss = torch.zeros((), device=weights[0].device)
+        meter.begin()
         for step in part:
-            share = loop.loss(step) / len(part)
-            share.backward()
-            loss += share.detach()
+            meter.add(loop.loss(step), len(part)).backward()
+            meter.tokens += loop.tokens(step) if loop.tokens is not None else 0
         torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -274,8 +351,10 @@ def run(model: Any, steps: Sequence[Step], loop: Loop[Step], recipe: Recipe) -> 
         schedule.step()
         event: dict[str, Any] = {"step": number, "steps": len(parts)}
         if number % LOG_EVERY == 0 or number == len(parts):
-            event |= {"loss": loss.item(), "lr": lr}
+            event |= {**meter.report(), "lr": lr}
         result.seconds += time.perf_counter() - started
+        if "loss" in event:
+            event |= meter.speed(result.seconds)
         result.examples += sum(map(loop.size, part))
         result.steps = number
         if number % evaluate_every == 0 or (evaluations and number == len(parts)):

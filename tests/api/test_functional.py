@@ -155,6 +155,17 @@ def test_jsd_endpoints_are_the_divergences(batch: tuple[Tensor, Tensor, Tensor])
     assert kd_loss(s, t, divergence="jsd", beta=1e-6) < 1e-4
 
 
+def test_jsd_near_its_endpoints_is_a_share_of_the_divergences(
+    batch: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """There the formula is beta (or 1 - beta) times the divergence that it is at the end."""
+    s, t = (logits.double() for logits in batch[:2])
+    small = 1e-5
+    for beta, divergence in ((small, "forward_kl"), (1 - small, "reverse_kl")):
+        near = kd_loss(s, t, divergence="jsd", beta=beta) / small
+        torch.testing.assert_close(near, kd_loss(s, t, divergence=divergence), rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vocab_size_masks_padding(backend: str) -> None:
     """Padded heads of different widths: as if the columns were not there."""

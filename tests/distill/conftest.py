@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from click.testing import Result
 from helpers import reviewed
@@ -33,17 +31,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 labelled and 90 unlabelled rows in a CSV file; copy it to change it."""
-    source = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "reviews.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(240):
-            label = i % 2
-            writer.writerow(
-                [reviewed.make_text(label, source), ("neg", "pos")[label] if i < 150 else ""]
-            )
-    return path
+    return reviewed.write_reviews(tmp_path_factory.mktemp("data") / "reviews.csv")
 
 
 @pytest.fixture
@@ -110,59 +98,13 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 600 lines; what follows a word depends on it."""
-    source = random.Random(0)
-    words = [*reviewed.GOOD, *reviewed.BAD, *reviewed.NEUTRAL]
-    after = {word: source.sample(words, 3) for word in words}
-    lines = []
-    for _ in range(600):
-        line = [source.choice(words)]
-        while len(line) < 12:
-            line.append(source.choice(after[line[-1]]))
-        lines.append(" ".join(line))
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return reviewed.write_lines(tmp_path_factory.mktemp("text") / "lines.txt")
 
 
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of six layers with a tied head, trained a little on the text, as a folder."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "lm"
-    pairs = Tokenizer(BPE())
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pairs.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    pairs.train([str(tiny_text)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    ids = tokenizer(tiny_text.read_text(), return_tensors="pt")["input_ids"][0]
-    blocks = ids[: len(ids) // 32 * 32].view(-1, 32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for batch in blocks[:192].split(16):
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+    return reviewed.save_language_model(tmp_path_factory.mktemp("models") / "lm", tiny_text)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdkernels.api.distill.config import check_same, from_yaml, make_config, to_yaml
+from kdkernels.api.distill.config import (
+    check_same,
+    from_yaml,
+    make_config,
+    read_values,
+    to_yaml,
+)
 from kdkernels.api.distill.errors import DistillError
 from kdkernels.api.distill.lm_config import LmConfig
 
@@ -78,7 +85,7 @@ def test_contracts(given: dict[str, Any], message: str) -> None:
     ("text", "message"),
     [
         ("- 1", "must hold keys and values, got list"),
-        ("nme: x", "must hold known keys only, got"),
+        ("nme: x", r"must hold known keys only, got \['nme'\]; did you mean name\?$"),
         ("a: [", "must be YAML, got"),
     ],
 )
@@ -86,6 +93,58 @@ def test_damaged_yaml_is_one_sentence(text: str, message: str) -> None:
     with pytest.raises(DistillError, match=message) as caught:
         from_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("labls: 5", r"own\.yaml must hold options of .*, got 'labls'; did you mean labels\?$"),
+        ("batch-size: 5", r"got 'batch-size'; did you mean batch_size\?$"),
+        ("zebra: 5", r"got 'zebra'$"),
+        ("7: 5", r"got 7$"),
+        ("method: sgd", r"^method must be one of swa, .*, got 'sgd'$"),
+        ("method: swa\nobjective: lm", r"^objective must be left out with method, got swa$"),
+    ],
+)
+def test_a_file_of_options_holds_options(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DistillError, match=message):
+        read_values(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("labels: many", "labels must be NoneType or int, got 'many'"),
+        ("quick: 1", "quick must be bool, got 1"),
+        ("seeds: 3", "seeds must be integers separated by commas, got 3"),
+        ("recipe: pkd", "recipe must be names separated by commas, got 'pkd'"),
+        ("lr: {a: 1}", "lr must be float or int, got {'a': 1}"),
+        ("tokens: 9", "tokens must be left out with --objective classification, got 9"),
+    ],
+)
+def test_a_file_of_options_has_their_types(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DistillError) as caught:
+        make_config(read_values(path))
+    assert str(caught.value) == message
+
+
+def test_a_file_of_options_is_read_as_flags_are(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("method: swa\nlr: 5e-4\nseeds: [4, 5]\nswa_start: [0.5, 1e-1]\n")
+    config = make_config(read_values(path))
+    assert config.objective == "swa" and config.lr == 5e-4 and config.seeds == (4, 5)
+    assert config == make_config(
+        {"objective": "swa", "lr": 5e-4, "seeds": (4, 5), "swa_start": (0.5, 0.1)}
+    )
+
+
+def test_resume_names_a_key_that_is_none() -> None:
+    with pytest.raises(DistillError, match="^tokens must be left out with --objective class"):
+        check_same(make_config({}), {"tokens": 3})
 
 
 def test_resume_compares_only_what_is_given() -> None:

@@ -200,7 +200,7 @@ def test_options_from_a_file(command: Command, finished_diito: Path, tmp_path: P
     bad.write_text("objective: diito\nalignmnt: multilayer\n", encoding="utf-8")
     done = command("--config", bad)
     assert done.exit_code == 1
-    assert "distill: alignmnt must be left out with --method diito, got multilayer" in done.output
+    assert "hold options of kdkernels distill, got 'alignmnt'; did you mean" in done.output
     assert "distill: config must be an existing file" in command("--config", "no.yaml").output
 
 

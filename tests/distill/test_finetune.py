@@ -76,7 +76,9 @@ def test_pairs_are_classified_and_a_stopped_run_goes_on(
         patched.setattr(swa_train, "fit", stop)
         done = finetune(*options, "--name", "stopped")
     assert done.exit_code == 130
-    assert "finetune: stopped; the same command with --resume continues" in done.output
+    assert (
+        "finetune: stopped; resume with: kdkernels finetune --resume --name stopped" in done.output
+    )
     assert finetune(*options, "--name", "stopped").exit_code == 1, "the name is taken"
     done = finetune(*options[:-1], "2e-3", "--name", "stopped", "--resume")
     assert done.exit_code == 1

@@ -15,6 +15,7 @@ from click.testing import Result
 from kdkernels.api.distill.config import from_yaml
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.lm_results import ARMS, START, TEACHER
+from kdkernels.api.distill.log import read_log
 from kdkernels.api.distill.results import unit_name
 
 Command = Callable[..., Result]
@@ -49,6 +50,17 @@ def test_run_leaves_everything_behind(finished_lm: Path) -> None:
     for unit in STUDENTS:
         assert found[unit]["tokens"] == 2 * 4096
         assert found[unit]["test_perplexity"] < 0.9 * found[START]["test_perplexity"]
+
+
+def test_log_has_the_parts_of_losses(finished_lm: Path) -> None:
+    log = read_log(finished_lm)
+    assert list(log) == STUDENTS
+    assert log["ce-seed0"].parts.keys() == {"ce"}
+    for arm in ("live-seed0", "cached-seed0"):
+        ce, kd = (log[arm].parts[name] for name in ("ce", "kd"))
+        for (step, loss), (_, hard), (_, soft) in zip(log[arm].loss, ce, kd, strict=True):
+            assert step > 0 and loss == pytest.approx(0.5 * hard + 0.5 * soft, rel=1e-5)
+        assert log[arm].figure == "perplexity" and log[arm].dev and log[arm].speed
 
 
 def test_report_is_complete(finished_lm: Path) -> None:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from kdkernels.api.distill import recipe_measure, recipe_report, recipe_train, recipes_eager
 from kdkernels.api.distill.config import make_config
 from kdkernels.api.distill.errors import DistillError
+from kdkernels.api.distill.log import read_log
 from kdkernels.api.distill.recipe_measure import Setting, Step, check_equal
 from kdkernels.api.distill.recipe_results import RecipeResults, gather, measure_name
-from kdkernels.api.distill.recipes import ARMS, Options
+from kdkernels.api.distill.recipes import ARMS, Options, Pkd
 from kdkernels.api.distill.results import unit_name
 from kdkernels.api.distill.text import collate
 from kdkernels.api.distill.train import EvalSet, Recipe, Runtime
@@ -182,6 +183,17 @@ def test_run_leaves_everything_behind(finished_recipes: tuple[Path, str]) -> Non
     for part in ("| soft labels |", "| TinyBERT |", "arXiv 1908.09355", "recipe:", "curves.png"):
         assert part in report
     assert "points against soft labels alone" in output and "results.json" not in output
+
+
+def test_log_has_the_parts_of_losses(finished_recipes: tuple[Path, str]) -> None:
+    log = read_log(finished_recipes[0])
+    for seed in (0, 1):
+        assert log[f"soft-seed{seed}"].parts == {"soft_labels": log[f"soft-seed{seed}"].loss}
+        pkd = log[f"pkd-seed{seed}"]
+        soft, hidden = (dict(pkd.parts[name]) for name in ("soft_labels", "hidden"))
+        for step, loss in pkd.loss:
+            assert loss == pytest.approx(soft[step] + Pkd.BETA * hidden[step], rel=1e-4)
+        assert "attention" in log[f"tinybert-seed{seed}"].parts and pkd.speed
 
 
 def test_the_kept_student_is_a_plain_one_and_best_on_dev(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from helpers.killed import kill_behind, resume
+from helpers.killed import kill_at_step, kill_behind, resume, same_student
 from safetensors.torch import load_file, save_file
 
-from kdkernels.api.distill import pipeline, text, train
+from kdkernels.api.distill import pipeline, runner, text, train
 from kdkernels.api.distill.config import from_yaml
 from kdkernels.api.distill.results import ARMS, unit_name
 
@@ -55,6 +56,19 @@ def test_run_leaves_everything_behind(finished: Path) -> None:
     found = results(finished)
     assert found["teacher"]["test_accuracy"] > 80
     assert found["distilled-seed0"]["test_accuracy"] > 70
+
+
+def test_log_has_losses_with_their_parts_and_the_speed(finished: Path) -> None:
+    lines = [line for line in log_lines(finished) if line["unit"] == "distilled-seed0"]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [20, 24]  # 90 texts in batches of 16, 4 epochs
+    for line in steps:
+        assert line.keys() == {"unit", "event", "step", "loss", "parts", "lr", "tokens_per_s"}
+        assert line["parts"] == {"kd": line["loss"]}  # alpha is 1
+        assert line["tokens_per_s"] > 0
+    dev = [line for line in lines if line.get("split") == "dev"]
+    curve = json.loads((finished / "state" / "distilled-seed0.json").read_text())["curve"]
+    assert [[line["step"], line["accuracy"]] for line in dev] == curve
 
 
 def test_student_reloads_with_plain_transformers_and_scores_the_same(
@@ -205,6 +219,47 @@ def test_killed_run_resumes(finished: Path, small_run: list[str], tmp_path: Path
     assert state.stat().st_mtime_ns == before, "a complete unit is not done again"
     assert results(killed) == results(finished)
     check_log(killed)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_killed_at_a_random_step_resumes_to_the_same_weights(
+    finished: Path, small_run: list[str], command: Command, tmp_path: Path, seed: int
+) -> None:
+    """A real SIGKILL at any of the steps of any training, drawn from the seed."""
+    steps = sum(result.get("steps", 0) for result in results(finished).values())
+    last = random.Random(seed).randint(1, steps)
+    options = [*small_run[:-1], "killed"]
+    kill_at_step(options, tmp_path, last)
+    killed = tmp_path / "runs" / "killed"
+    assert not (killed / "report.md").exists()
+    done = command("--resume", *options)
+    assert done.exit_code == 0, done.output
+    assert results(killed) == results(finished), f"killed at step {last} of {steps}"
+    assert same_student(killed, finished)
+    check_log(killed)
+
+
+def test_an_interruption_says_how_to_go_on(
+    command: Command, small_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "my runs"
+    options = [*small_run, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "load_corpus", interrupt)
+        early = command(*options)
+    assert early.exit_code == 130 and not out.exists()
+    assert early.output == "distill: stopped; there is nothing to resume yet\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", interrupt)
+        stopped = command(*options)
+    assert stopped.exit_code == 130
+    hint = f"distill: stopped; resume with: kdkernels distill --resume --name small --out '{out}'\n"
+    assert stopped.output.endswith(hint)
+    done = command("--resume", "--name", "small", "--out", str(out))
+    assert done.exit_code == 0, done.output
 
 
 def test_disk_full_is_one_sentence_and_resumable(

@@ -17,6 +17,19 @@ PROGRAM = (
     "app = typer.Typer(); app.command()(distill); app()"
 )
 
+# The same, dying in the middle of a training: before the optimizer's n-th step of the process.
+DYING = """
+import os, signal, torch
+step, count = torch.optim.AdamW.step, 0
+def counted(*arguments, **named):
+    global count
+    count += 1
+    if count == {last}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments, **named)
+torch.optim.AdamW.step = counted
+"""
+
 
 def command(options: Sequence[str]) -> list[str]:
     """The command line of a process of its own."""
@@ -33,6 +46,13 @@ def kill_behind(options: Sequence[str], cwd: Path, file: Path) -> None:
         time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+
+
+def kill_at_step(options: Sequence[str], cwd: Path, last: int) -> None:
+    """Starts a run that gets SIGKILL at its n-th training step, whichever training that is in."""
+    program = DYING.format(last=last) + PROGRAM
+    done = subprocess.run([sys.executable, "-c", program, *options], cwd=cwd, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
 def resume(options: Sequence[str], cwd: Path) -> None:

@@ -173,6 +173,10 @@ class ClassificationTask(EncoderTask):
         """The number of texts."""
         return len(step[1])
 
+    def tokens(self, step: Step) -> int:
+        """The number of tokens, without padding."""
+        return train.count_tokens(step)
+
     def pair(self, step: Step) -> tuple[dict[str, Tensor], None]:
         """What a model takes of a batch, and its labels; the batch is its own source."""
         part, rows = step

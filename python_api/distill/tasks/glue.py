@@ -114,6 +114,10 @@ class GlueTask(EncoderTask):
         """The number of examples."""
         return len(step)
 
+    def tokens(self, step: list[int]) -> int:
+        """The number of tokens, without padding."""
+        return sum(len(self._encoded["train"].ids[row]) for row in step)
+
     def parts(self, share: float) -> tuple[GlueTask, GlueTask]:
         """The same task on the first training examples, and on the last ``share`` of them."""
         count = len(self.examples["train"])

@@ -102,6 +102,10 @@ class LanguageModelTask:
         """The number of blocks."""
         return len(step)
 
+    def tokens(self, step: list[Block]) -> int:
+        """The number of tokens."""
+        return sum(len(tokens) for _, tokens in step)
+
     def loss(self, model: Any, step: list[Block]) -> Tensor:
         """The mean cross-entropy of the tokens after the first of each block."""
         return self._loss(model, step)

@@ -106,6 +106,10 @@ class MaskedLmTask(EncoderTask):
         """The number of sequences."""
         return len(step.rows)
 
+    def tokens(self, step: MlmStep) -> int:
+        """The number of tokens, without padding."""
+        return sum(len(self.sequences["train"][row]) for row in step.rows)
+
     def pair(self, step: MlmStep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The base of a step with its labels, and the source: each sequence's fixed partner.
 

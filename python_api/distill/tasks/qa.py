@@ -175,6 +175,10 @@ class QaTask(EncoderTask):
         """The number of questions."""
         return len(step)
 
+    def tokens(self, step: list[int]) -> int:
+        """The number of tokens, without padding."""
+        return sum(len(self._train[row][0].ids) for row in step)
+
     def loss(self, model: Any, step: list[int]) -> Tensor:
         """The mean of the cross-entropies of first and last piece over the pieces of a batch."""
         runtime = self.options.runtime

@@ -124,6 +124,10 @@ class TaggingTask(EncoderTask):
         """The number of sentences."""
         return len(step)
 
+    def tokens(self, step: list[int]) -> int:
+        """The number of tokens, without padding."""
+        return sum(len(self._encoded["train"].ids[row]) for row in step)
+
     def loss(self, model: Any, step: list[int]) -> Tensor:
         """The mean cross-entropy over the words of a batch."""
         runtime, part = self.options.runtime, self._encoded["train"]
