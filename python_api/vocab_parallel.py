@@ -311,18 +311,20 @@ class _Call:
         """Mask, shift and reduction are those of every loss on rows."""
 
         def prepared(
-            x: Tensor, of_teacher: Tensor | None, labels: Any, weights: Any, denominator: Any
-        ) -> tuple[Any, ...]:
+            x: Tensor, of_teacher: Tensor | None, labels: Any, weights: Any, denominator: Any = None
+        ) -> Any:
             per_row = _checks.row_inputs(self.name, x, labels, weights, denominator)
             if labels is not None:
                 _checks.labels_in_range(self.name, labels, shard.classes, spec)
             return arguments(x, of_teacher, *per_row)
 
         def reduced(*args: Any, **_: Any) -> tuple[Tensor, Tensor]:
-            return vocab_shards.reduced(*prepared(*args[:-1]), spec, shard)
+            x, weight, bias, others = prepared(*args[:-1])  # the last is the spec
+            return vocab_shards.reduced(x, weight, bias, others, spec, shard)
 
         def per_row(*args: Any, **_: Any) -> Tensor:
-            return vocab_shards.per_row(*prepared(*args[:-1], None), spec, shard)
+            x, weight, bias, others = prepared(*args[:-1])
+            return vocab_shards.per_row(x, weight, bias, others, spec, shard)
 
         passed = "mask shift reduction num_items_in_batch row_weights return_parts"
         return reduce_rows(

@@ -101,7 +101,7 @@ class Chunk:
         self.shard, self.spec, self.labels = shard, spec, labels
         valid = None if labels is None else labels != spec.ignore_index
         z = _capped(student, valid, spec.student_scale, spec.student_softcap)
-        rows, dtype = z.shape[0], z.dtype
+        rows = z.shape[0]
         self.valid = z.new_ones((rows,), dtype=torch.bool) if valid is None else valid
         self.place, self.here = self._label(z)
         self._numbers: dict[str, Tensor] = {}
@@ -125,22 +125,24 @@ class Chunk:
         self._merge()
         self.rows, self.terms = self._losses()
         # where, not a product: the weight of a row that does not count may be NaN.
-        one = self.rows.new_ones((rows,)) if row_weights is None else row_weights.to(dtype)
+        one = torch.ones_like(self.rows) if row_weights is None else row_weights.to(self.rows)
         self.weight = torch.where(self.valid, one, 0.0)
         if spec.needs_labels and labels is not None:
             known = (labels >= 0) & (labels < shard.classes)
             self.weight = self.weight.masked_fill(self.valid & ~known, torch.nan)
-        self.scale = z.new_ones(())
+        self.scale = self.rows.new_ones(())
         if denominator is not None:
-            divisor = denominator.to(dtype)
+            divisor = denominator.to(self.rows)
             self.scale = 1.0 / torch.where(divisor == 0, 1.0, divisor)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, parts and rows, as of ``kd_loss``."""
         rows = self.weight * self.rows
         parts = [(self.weight * term).sum() * self.scale for term in self.terms]
-        parts.append(self.valid.sum().to(rows.dtype))
-        return rows.sum() * self.scale, torch.stack(parts), rows
+        parts.append(self.valid.sum().to(rows))
+        dtype = self.student.d.dtype
+        found = rows.sum() * self.scale, torch.stack(parts), rows
+        return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
 
     def gradient(self) -> Tensor:
         """Of the loss, for the logits that are here."""
@@ -149,30 +151,34 @@ class Chunk:
         grad = None
         if spec.needs_divergence and spec.kd_weight != 0.0:
             grad = self._of_divergence()
-            grad *= (weight * (spec.kd_weight / spec.temperature))[:, None]
+            grad *= self._column(weight * (spec.kd_weight / spec.temperature))
         if spec.ce_weight != 0.0 or spec.needs_z:
             factor = weight.new_full(weight.shape, spec.ce_weight)
             if spec.needs_z:
                 factor = factor + 2.0 * spec.z_loss * (self.of_student.top + self.log_1)
-            mass = self.e1 * (factor * weight * self.own(self.of_student, 1.0, self.log_1))[:, None]
+            own = self._own(self.of_student, 1.0, self.log_1)
+            mass = self.e1 * self._column(factor * weight * own)
             grad = mass if grad is None else grad.add_(mass)
         if grad is None:
             return torch.zeros_like(student.d)
         if spec.ce_weight != 0.0:
             share = spec.label_smoothing * spec.ce_weight
             if share != 0.0:
-                grad.sub_((student.d > -_INF) * (weight * share / self.live)[:, None])
+                grad.sub_((student.d > -_INF) * self._column(weight * share / self.live))
             if grad.shape[1]:
                 share = spec.ce_weight * (1.0 - spec.label_smoothing)
                 hot = torch.where(self.here, -weight * share, 0.0)
-                grad.scatter_add_(1, self.place[:, None], hot[:, None])
+                grad.scatter_add_(1, self.place[:, None], self._column(hot))
         if spec.student_scale != 1.0:
             grad *= spec.student_scale
         if self.slope is not None:
             grad *= self.slope
         return grad
 
-    def own(self, model: _Merged, temperature: float, log_sum: Tensor) -> Tensor:
+    def _column(self, numbers: Tensor) -> Tensor:
+        return numbers.to(self.student.d.dtype)[:, None]
+
+    def _own(self, model: _Merged, temperature: float, log_sum: Tensor) -> Tensor:
         """``[rows]``: what makes probabilities of the exponentials of this shard."""
         return (model.offsets[self.shard.rank] / temperature - log_sum).exp()
 
@@ -210,7 +216,8 @@ class Chunk:
     def _merge(self) -> None:
         """The numbers of all processes, relative to the largest logits of all."""
         spec, names = self.spec, list(self._numbers)
-        gathered = self.shard.gather(torch.stack(list(self._numbers.values())))
+        # float64, which is next to nothing for some numbers a row.
+        gathered = self.shard.gather(torch.stack(list(self._numbers.values()))).double()
         found = {name: gathered[:, i] for i, name in enumerate(names)}
         temperature = spec.temperature
         self.of_student = s = _merged(found["student_top"])
@@ -277,17 +284,17 @@ class Chunk:
             return self.gap - self.log_s + self.log_t
         # These need the probabilities before they can be summed: a second exchange.
         value, self.inner, self.outer = self._of_probabilities()
-        value, inner = self.shard.gather(torch.stack([value, self.inner])).sum(0).unbind()
-        self.inner = inner
+        numbers = self.shard.gather(torch.stack([value, self.inner])).double().sum(0)
+        value, self.inner = numbers.unbind()
         return value
 
     def _probabilities(self) -> tuple[Tensor, Tensor]:
         """Of both models, for the classes that are here."""
         assert self.teacher is not None
         temperature = self.spec.temperature
-        of_s = self.own(self.of_student, temperature, self.log_s)
-        of_t = self.own(self.of_teacher, temperature, self.log_t)
-        return self.student.e * of_s[:, None], self.teacher.e * of_t[:, None]
+        of_s = self._own(self.of_student, temperature, self.log_s)
+        of_t = self._own(self.of_teacher, temperature, self.log_t)
+        return self.student.e * self._column(of_s), self.teacher.e * self._column(of_t)
 
     def _of_probabilities(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of JSD and TVD, this shard's part of the value and of ``sum p_s g``, and ``g`` itself:
@@ -316,10 +323,10 @@ class Chunk:
             rank = self.shard.rank
             shift = (self.of_student.offsets - self.of_teacher.offsets)[rank] / temperature
             d = (self.student.d - self.teacher.d).div_(temperature)
-            d += (shift - self.gap)[:, None]  # of both the log-sums cancel
+            d += self._column(shift - self.gap)  # of both the log-sums cancel
             return d.masked_fill_(p_s == 0, 0.0).mul_(p_s)
         factor = 0.5 if kind == Divergence.TVD.value else 1.0 - self.spec.beta
-        return p_s.mul_(self.outer.sub(self.inner[:, None])).mul_(factor)
+        return p_s.mul_(self.outer.sub(self._column(self.inner))).mul_(factor)
 
 
 def _capped(z: Tensor, valid: Tensor | None, scale: float, softcap: float) -> Tensor:

@@ -77,6 +77,10 @@ def _from_heads(
     return loss, parts, loss, [g if w else None for g, w in zip(grads, wanted, strict=True)]
 
 
+def _copied(x: Tensor, rows: slice, shard: Shard) -> Tensor:
+    return x[rows, : shard.size].to(accumulate(x.dtype), copy=True)
+
+
 def _from_logits(
     student: Tensor, others: Tensors, spec: Spec, shard: Shard, wanted: list[bool]
 ) -> Result:
@@ -93,22 +97,26 @@ def _from_logits(
         # Padding keeps its zeros.
         grad = student.new_zeros(student.shape, dtype=kept(student.dtype))
 
-    def copied(x: Tensor) -> Tensor:
-        return x[begin : begin + shard.chunk_rows, : shard.size].to(dtype, copy=True)
-
     for begin in range(0, rows, shard.chunk_rows):
-        pieces = (
-            None if x is None else x[begin : begin + shard.chunk_rows]
-            for x in (labels, row_weights)
+        piece = slice(begin, begin + shard.chunk_rows)
+        own_labels = None if labels is None else labels[piece]
+        weights = None if row_weights is None else row_weights[piece]
+        of_teacher = _copied(teacher, piece, shard) if spec.needs_teacher else None
+        chunk = Chunk(
+            shard,
+            _copied(student, piece, shard),
+            of_teacher,
+            own_labels,
+            weights,
+            denominator,
+            spec,
         )
-        of_teacher = copied(teacher) if spec.needs_teacher else None
-        chunk = Chunk(shard, copied(student), of_teacher, *pieces, denominator, spec)
         found = chunk.results()
         loss += found[0]
         parts += found[1]
-        per_row[begin : begin + shard.chunk_rows] = found[2]
+        per_row[piece] = found[2]
         if grad is not None:
-            grad[begin : begin + shard.chunk_rows, : shard.size] = chunk.gradient()
+            grad[piece, : shard.size] = chunk.gradient()
         del chunk, of_teacher, found  # before the next chunk's take their place
     return loss, parts, per_row, [grad, None, None]
 
