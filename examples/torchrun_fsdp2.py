@@ -1,12 +1,12 @@
 """Distils the first layers of SmolLM2-135M on WikiText-2 with FSDP2; run it again to go on:
 
 torchrun --nproc-per-node 2 examples/torchrun_fsdp2.py [--tiny] [--steps 4] [--folder runs/fsdp2]
-
 --tiny: a random model, no network. On GPUs by nccl (not yet run on any), else by gloo.
 """
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,20 +21,17 @@ from kdkernels.api.distill import lm_data, lm_models
 
 
 def load(tiny):
-    """The teacher, and blocks of tokens."""
     if tiny:
         torch.manual_seed(0)
-        sizes = dict(vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
-        return model, torch.randint(101, (64, 64))
+        sizes = dict(vocab_size=101, hidden_size=64, intermediate_size=64, num_hidden_layers=3)
+        return LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(101, (64, 64))
     model, tokenizer = lm_models.load_causal_lm("smollm2-135m", print)
     blocks = lm_data.lm_blocks("wikitext-2", tokenizer, "train", 64, max_tokens=20_000)
     return model, torch.stack([tokens for _, tokens in blocks])
 
 
 def sharded(model, device):
-    for layer in model.to(device).model.layers:
-        fully_shard(layer)
+    [fully_shard(layer) for layer in model.to(device).model.layers]
     return fully_shard(model)
 
 
@@ -59,7 +56,7 @@ args = parser.parse_args()
 device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
 dist.init_process_group("gloo" if device == "cpu" else "nccl")
 rank, world = dist.get_rank(), dist.get_world_size()
-say = print if rank == 0 else (lambda line: None)
+say = partial(print, flush=True) if rank == 0 else (lambda line: None)
 for others in (False, True):  # the first process downloads
     if (rank > 0) == others:
         whole, blocks = load(args.tiny)
@@ -88,3 +85,5 @@ with torch.no_grad(), optimizer.swapped(student):
 say(f"average of {optimizer.n_averaged} models: loss {average:.6f}")
 state = get_state_dict(student, optimizer)
 dcp.save({"model": state[0], "optimizer": state[1]}, checkpoint_id=args.folder / str(args.steps))
+dist.barrier()
+os._exit(0)  # on a busy machine gloo's threads may abort or hold up a regular end
