@@ -73,7 +73,7 @@ def vocab_parallel_kd_loss(
         first, a second one of 2. Nothing is synchronised with the host. Rows are worked on in plain
         PyTorch, in float32 (float64): no kernel of this library takes normalisers from elsewhere.
         All processes must call it, and its backward pass where ``reduction="none"``, in one order.
-        ``create_graph=True`` is refused. Not yet run on a GPU.
+        ``create_graph=True`` is refused. Not yet run on a GPU, nor under ``torch.compile``.
 
     Example:
         >>> import kdkernels, torch

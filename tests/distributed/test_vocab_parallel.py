@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import sys
+
 import pytest
 import torch
 from helpers.processes import launch
@@ -14,6 +17,12 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shards_are_like_one_process(processes: int) -> None:
     launch("vocab_cases.py", processes)
+
+
+@pytest.mark.parametrize("module", ["parallel", "vocab_parallel"])
+def test_examples(module: str) -> None:
+    found = doctest.testmod(sys.modules[f"kdkernels.api.{module}"])
+    assert found.attempted and not found.failed
 
 
 def test_without_processes() -> None:

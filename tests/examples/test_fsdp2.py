@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.distributed
 
 
 def losses(processes: int, folder: Path, *options: str) -> list[float]:
@@ -30,6 +29,7 @@ def losses(processes: int, folder: Path, *options: str) -> list[float]:
     return [float(x) for x in re.findall(r"loss (\d+\.\d+)", done.stdout)]
 
 
+@pytest.mark.distributed
 def test_tiny(tmp_path: Path) -> None:
     whole = losses(1, tmp_path / "one", "--tiny", "--steps", "3")
     assert len(whole) == 4

@@ -30,12 +30,13 @@ class LM(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(3))  # of which some of four processes have nothing
         self.head = nn.Linear(WIDTH, VOCAB, bias=not tied)
         if tied:
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
+        x = self.embed(tokens) * self.scale.square().sum()
         for layer in self.layers:
             x = x + layer(x).tanh()
         return x

@@ -203,6 +203,26 @@ def cross_entropy_alone() -> None:
     assert torch.equal(again, actual.loss)
 
 
+def autocast() -> None:
+    """float32 hidden states and heads under bfloat16."""
+    rank, world = rank_and_world()
+    sizes, d = sizes_of(world), data(torch.float32)
+    leaves = [d["hidden"].requires_grad_(), d["head"].requires_grad_()]
+    mine = [d["hidden"].detach().clone().requires_grad_(), cut(d["head"].detach(), sizes, rank)]
+    mine[1].requires_grad_()
+    teacher = d["teacher_hidden"], d["teacher_head"]
+    with torch.autocast("cpu", torch.bfloat16):
+        kdkernels.linear_kd_loss(*leaves, *teacher, d["labels"]).backward()
+        part = teacher[0], cut(teacher[1], sizes, rank)
+        vocab_parallel_linear_kd_loss(*mine, *part, d["labels"], shards=sizes).backward()
+    eps = torch.finfo(torch.bfloat16).eps
+    for x, whole, part_of in zip(
+        mine, leaves, (lambda x: x, lambda x: cut(x, sizes, rank)), strict=True
+    ):
+        bound = eps * whole.grad.abs().max()  # type: ignore[union-attr]
+        assert ((x.grad - part_of(whole.grad)).abs() <= bound).all()  # type: ignore[operator]
+
+
 def corners() -> None:
     """Equal models, a mass that is all elsewhere, infinite losses, no valid row, no row."""
     rank, world = rank_and_world()
@@ -348,10 +368,8 @@ def refusals() -> None:
 
 
 def main() -> None:
-    for case in (
-        like_one_process, cross_entropy_alone, corners, logits_as_dtensors, memory_and_exchange,
-        refusals,
-    ):  # fmt: skip
+    numbers = like_one_process, cross_entropy_alone, autocast, corners, logits_as_dtensors
+    for case in (*numbers, memory_and_exchange, refusals):
         print(case.__name__, flush=True)
         case()
 
