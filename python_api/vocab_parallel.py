@@ -23,8 +23,8 @@ from kdkernels.ops.linear_kd_loss import plan_chunk_rows
 
 __all__ = ["vocab_parallel_kd_loss", "vocab_parallel_linear_kd_loss"]
 
-# Tensors of the size of a chunk's logits that exist at a time.
-_COPIES = 6
+# Tensors of the size of a chunk's logits that exist at a time, about.
+_COPIES = 8
 
 
 def vocab_parallel_kd_loss(
