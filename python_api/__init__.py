@@ -4,7 +4,7 @@ if __name__ != "kdkernels.api":
     # A script started in the repository root would otherwise load every class twice.
     raise ImportError("this folder is the import package kdkernels.api: import kdkernels instead")
 
-from kdkernels.api import cache, compat, functional, nn, optim
+from kdkernels.api import cache, compat, functional, nn, optim, parallel
 from kdkernels.api.averaging import WeightAverager, ema_update_, swa_update_
 from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
@@ -61,6 +61,7 @@ from kdkernels.api.nn import (
     TopKKDLoss,
 )
 from kdkernels.api.optim import AdamWAverage
+from kdkernels.api.parallel import global_valid_count
 
 __all__ = [
     "DIITO",
@@ -106,6 +107,7 @@ __all__ = [
     "explain",
     "functional",
     "gate_scores",
+    "global_valid_count",
     "hidden_match_loss",
     "hidden_match_many",
     "interchange",
@@ -119,6 +121,7 @@ __all__ = [
     "multi_teacher_kd_loss",
     "nn",
     "optim",
+    "parallel",
     "relation_match_loss",
     "sample_positions",
     "sample_spans",

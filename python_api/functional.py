@@ -116,7 +116,8 @@ def kd_loss(
             ``sum``, ``none`` (one value a row, 0 where left out), ``element_mean`` (cross-entropy
             per valid row, the divergence also divided by the number of classes: torch's
             ``kl_div(reduction="mean")``).
-        num_items_in_batch: divides the sum instead (gradient accumulation, several processes).
+        num_items_in_batch: divides the sum instead (gradient accumulation, several processes: see
+            :func:`~kdkernels.global_valid_count`).
         row_weights: ``[...]`` factors of the rows' losses; they do not change the denominator.
         inplace: overwrite ``student_logits`` with their gradient: saves one tensor of that size.
             The logits are lost; they must not be a leaf and their producer must not need them.

@@ -81,7 +81,8 @@ def hidden_match_loss(
         beta: of ``smooth_l1``, 0 or more.
         reduction: ``mean`` (per row that counts), ``batchmean`` (by the first size of the states),
             ``sum``, or ``none`` (one value a row, 0 where left out).
-        num_items_in_batch: divides the sum instead (gradient accumulation, several processes).
+        num_items_in_batch: divides the sum instead (gradient accumulation, several processes: see
+            :func:`~kdkernels.global_valid_count`).
         return_parts: return :class:`MatchParts` instead of the loss.
         backend: ``native``, ``triton`` or ``reference``; ``None`` chooses.
 

@@ -359,6 +359,7 @@ def test_resuming_after_a_kill(kind: str, dtype: str, tmp_path: Path) -> None:
         assert all(torch.equal(actual[name], x) for name, x in right.items())
 
 
+@pytest.mark.distributed
 def test_two_processes_with_a_sharded_model(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
     launcher += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")

@@ -210,6 +210,7 @@ def test_paths_of_wrapped_models(paths: list[str], gloo: None) -> None:
         Capture(model, ["heat"])
 
 
+@pytest.mark.distributed
 def test_two_processes() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]

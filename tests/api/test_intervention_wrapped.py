@@ -275,6 +275,7 @@ def test_autocast(basis: Tensor | None) -> None:
         assert torch.equal(found[0], expected[0])
 
 
+@pytest.mark.distributed
 def test_two_processes() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]

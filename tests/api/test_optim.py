@@ -443,6 +443,7 @@ def test_copies_and_moved_state() -> None:
     assert other.n_averaged == 2
 
 
+@pytest.mark.distributed
 def test_two_processes_with_a_sharded_model(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
     launcher += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")

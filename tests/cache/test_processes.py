@@ -50,6 +50,7 @@ def test_killed_writer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(TeacherCache(killed)) == 18
 
 
+@pytest.mark.distributed
 def test_two_processes_write_one_cache(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
