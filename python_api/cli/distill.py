@@ -294,6 +294,7 @@ Per = Annotated[
         rich_help_panel=STARK,
         help="batch, as the released code, or example: whose gradients are made positive "
         "[default: batch].",
+        autocompletion=complete.words("batch", "example"),
     ),
 ]
 HeldOut = Annotated[
@@ -318,6 +319,7 @@ StudentKind = Annotated[
         rich_help_panel=STARK,
         help="dropped: layers of the teacher, --student-layers; pruned: the teacher, cut by "
         "--student-level [default: dropped].",
+        autocompletion=complete.words("dropped", "pruned"),
     ),
 ]
 StudentLevel = Annotated[
