@@ -361,6 +361,12 @@ Gamma2 = Annotated[
         rich_help_panel=META_KD, help="Weight of the transferable knowledge [default: 0.5]."
     ),
 ]
+Teachers = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Folder of a run with the same data: take its teachers."
+    ),
+]
 FaithfulTo = Annotated[
     str | None,
     typer.Option(
@@ -429,6 +435,7 @@ def distill(
     stages: Stages = None,
     gamma1: Gamma1 = None,
     gamma2: Gamma2 = None,
+    teachers: Teachers = None,
     faithful_to: FaithfulTo = None,
     config: Config = None,
 ) -> None:

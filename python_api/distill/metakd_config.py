@@ -70,7 +70,7 @@ class MetaKdConfig(RunConfig):
         gamma1: Weight of the corruption in the meta-teacher.
         gamma2: Weight of the transferable term.
         faithful_to: ``paper``, or ``code``: everything as released.
-        score: ``code`` or ``paper``: form of the prototype scores.
+        teachers: Folder of another run with the same data, whose teachers are taken.
         domain_dropout: Of the meta-teacher's domain classifier.
     """
 
@@ -101,6 +101,7 @@ class MetaKdConfig(RunConfig):
     gamma1: float = 0.5
     gamma2: float = 0.5
     faithful_to: str = "paper"
+    teachers: str | None = None
     domain_dropout: float = 0.1
 
     @classmethod

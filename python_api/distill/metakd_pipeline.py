@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.api.distill import config as configs
 from kdkernels.api.distill import metakd_report, metakd_results, metakd_train, models, text, train
 from kdkernels.api.distill.data import Corpus, Labelled
 from kdkernels.api.distill.errors import require
@@ -26,8 +28,22 @@ from kdkernels.api.distill.store import RunFolder, write_file, write_folder
 from kdkernels.api.distill.train import Runtime
 from kdkernels.api.distill.units import Unit, Units
 from kdkernels.api.methods.meta_teacher import MetaTeacher
+from kdkernels.api.prototypes import instance_scores
 
 SCORES = "scores"
+# What a teacher depends on, beside the data.
+TEACHER_KEYS = (
+    "model",
+    "leave_out",
+    "max_length",
+    "batch_size",
+    "teacher_epochs",
+    "teacher_lr",
+    "train_embeddings",
+    "gamma1",
+    "domain_dropout",
+    "faithful_to",
+)
 SPLITS = ("train", "dev", "test")
 
 
@@ -195,7 +211,32 @@ class MetaKdPipeline:
         }
 
     def _scores_of(self, names: list[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The scores of the training texts of some domains, by these domains' prototypes."""
+        parts = [self._examples[name, "train"] for name in names]
+        numbered = [
+            replace(part, domains=torch.full_like(part.domains, number))
+            for number, part in enumerate(parts)
+        ]
+        joined = Examples.joined(numbered)
+        batches = text.inference_batches([len(ids) for ids in joined.ids], train.INFERENCE_BATCH)
+        loader = (
+            {**self._setting.batch(joined, rows), "domains": joined.domains[rows]}
+            for rows in batches
+        )
+        with self.runtime.autocast():
+            found = instance_scores(
+                self._classifier(self.model, TEACHER_SEED),
+                loader,
+                n_domains=len(names),
+                n_classes=len(self._label_names),
+                form=self.config.faithful_to,
+                special_ids=self.special_ids,
+                faithful_to=self.config.faithful_to,
+            )
+        scores = torch.empty_like(found)
+        scores[[row for rows in batches for row in rows]] = found
+        sizes = [len(part.ids) for part in parts]
+        return dict(zip(names, scores.split(sizes), strict=True))
 
     # ---- teachers --------------------------------------------------------------------------------
 
@@ -222,7 +263,9 @@ class MetaKdPipeline:
         )
 
     def _teacher(self, kind: str, domain: str, unit: str, bar: Bar) -> dict[str, Any]:
-        """Trains and saves one teacher; its figure in every domain."""
+        """Trains and saves one teacher, or takes another run's; its figure in every domain."""
+        if self.config.teachers is not None:
+            return self._taken(Path(self.config.teachers), unit)
         names = [domain] if kind == "own" else self._taught
         examples = Examples.joined([self._training(name, "teacher") for name in names])
         model = self._classifier(self.model, TEACHER_SEED)
@@ -242,6 +285,28 @@ class MetaKdPipeline:
             for split in ("dev", "test")
         }
         return {**figures, "steps": fitted.steps, "train_seconds": fitted.seconds}
+
+    def _taken(self, source: Path, unit: str) -> dict[str, Any]:
+        """The teacher of another run."""
+        other = RunFolder(source)
+        result, data = other.result(unit), other.result("data")
+        require(other.config_file.is_file(), "teachers", "be the folder of a run", source)
+        stored = configs.from_yaml(other.config_file.read_text(encoding="utf-8"))
+        for key in TEACHER_KEYS:
+            own, theirs = getattr(self.config, key), getattr(stored, key, None)
+            option = configs.option_name(key)
+            require(own == theirs, "teachers", f"be of a run with {option} {own}", theirs)
+        contract = "be the folder of a run with the same data and this teacher"
+        same = data is not None and data["sha256"] == self._units.result("data")["sha256"]
+        require(same, "teachers", contract, f"other data in {source}")
+        found = result is not None and (source / unit).is_dir()
+        require(found, "teachers", contract, f"{source} without {unit}")
+        assert result is not None
+        write_folder(
+            self.folder.path / unit,
+            lambda path: shutil.copytree(source / unit, path, dirs_exist_ok=True),
+        )
+        return result
 
     def _load_teacher(self, kind: str, domain: str) -> Any:
         """A trained teacher; the one that was asked for last is kept."""
