@@ -10,6 +10,7 @@ from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.capture import Capture
 from kdkernels.api.counterfactual import Counterfactual
+from kdkernels.api.domain_prototypes import domain_prototypes
 from kdkernels.api.functional import (
     KDParts,
     MatchParts,
@@ -111,6 +112,7 @@ __all__ = [
     "cache",
     "compat",
     "confidence_penalty_loss",
+    "domain_prototypes",
     "ema_update_",
     "expertise_weights",
     "explain",
