@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from kdkernels.api.distill import config as configs
-from kdkernels.api.distill import metakd_report, metakd_results, metakd_train, models, text, train
+from kdkernels.api.distill import (
+    fetch,
+    metakd_report,
+    metakd_results,
+    metakd_train,
+    models,
+    text,
+    train,
+)
 from kdkernels.api.distill.data import Corpus, Labelled
 from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.metakd_config import TEACHERS, MetaKdConfig, teacher_of
@@ -45,6 +53,13 @@ TEACHER_KEYS = (
     "faithful_to",
 )
 SPLITS = ("train", "dev", "test")
+
+
+def load_corpora(config: MetaKdConfig, notify: fetch.Notify) -> dict[str, Corpus]:
+    """The texts of each domain, cut to the sizes of a run."""
+    from kdkernels.api.distill.domains import interim
+
+    return interim(config, notify)
 
 
 class MetaKdPipeline:

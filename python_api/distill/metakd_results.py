@@ -157,7 +157,8 @@ def _difference(arm: Arm, other: Arm) -> Difference:
         for a, b in zip(arm.test[domain], other.test[domain], strict=True)
     ]
     mean, interval, p = statistics.mean(by_seed), None, None
-    if len(by_seed) > 1 and statistics.stdev(by_seed) > 0:
+    # Equal differences but for rounding have no spread to test against.
+    if len(by_seed) > 1 and statistics.stdev(by_seed) > 1e-9:
         from scipy import stats
 
         test = stats.ttest_1samp(by_seed, 0.0)

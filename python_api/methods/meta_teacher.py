@@ -233,7 +233,7 @@ class MetaTeacher(nn.Module):
         """The batch's domains in a random order."""
         order = torch.randperm(len(domains), generator=self._generator)
         alone = domains.device.type == "cpu" and bool((domains == domains[0]).all())
-        if alone and not self._warned:
+        if alone and len(domains) > 1 and not self._warned:
             self._warned = True
             ignored = "is left out" if self.faithful_to == "paper" else "teaches the domain"
             warnings.warn(
