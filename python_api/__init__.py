@@ -67,6 +67,7 @@ from kdkernels.api.nn import (
     TopKKDLoss,
 )
 from kdkernels.api.optim import AdamWAverage
+from kdkernels.api.prototypes import instance_scores, prototype_scores
 
 __all__ = [
     "DIITO",
@@ -120,6 +121,7 @@ __all__ = [
     "gate_scores",
     "hidden_match_loss",
     "hidden_match_many",
+    "instance_scores",
     "interchange",
     "interchange_at",
     "interchange_subspace",
@@ -131,6 +133,7 @@ __all__ = [
     "multi_teacher_kd_loss",
     "nn",
     "optim",
+    "prototype_scores",
     "relation_match_loss",
     "sample_positions",
     "sample_spans",
