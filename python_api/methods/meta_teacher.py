@@ -181,7 +181,7 @@ class MetaTeacher(nn.Module):
         known = self.dropout(self.knowledge(content, domains))
         with torch.autocast(content.device.type, enabled=False):
             guessed = self.corruption(known)
-        weighting = {"row_weights": scores, "reduction": "batchmean"}
+        weighting: dict[str, Any] = {"row_weights": scores, "reduction": "batchmean"}
         ce = kd_loss(states.wide(found.logits), None, labels, **weighting)
         corruption = kd_loss(guessed, None, corrupted, **weighting)
         corruption = corruption * mixed.to(corruption.device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import MetaKD, MetaTeacher, expertise_weights
+from kdkernels import MetaKD, MetaTeacher, expertise_weights, prototype_scores
 
 transformers = pytest.importorskip("transformers")
 
@@ -343,6 +343,12 @@ def test_slip_6_the_prediction_stage_has_the_weights_too() -> None:
 def test_slip_8_a_teacher_of_one_domain_is_refused() -> None:
     with pytest.raises(ValueError, match="domains must be 2 or more, got 1"):
         MetaTeacher(classifier(2), 1, special_ids=SPECIAL)
+    # Scores of one domain have no other to look at, and are no NaN; weights of them neither.
+    means, one = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    for form, prototype in (("paper", means.mean(0)[None, None]), ("code", means.mean(0)[None])):
+        scores = prototype_scores(means, prototype, one, one, form=form)
+        assert scores.isfinite().all()
+        assert expertise_weights(torch.randn(4, 3), LABELS, scores).isfinite().all()
 
 
 # ---- the teacher ---------------------------------------------------------------------------------
@@ -382,6 +388,8 @@ def test_a_batch_of_one_domain_has_no_corruption_and_is_told_of_once() -> None:
             warnings.simplefilter("error")
             teacher(batch(), alone)
             teacher(batch(), DOMAINS)
+            one = {key: value[:1] for key, value in batch().items()}
+            models()[0](one, alone[:1])  # the last batch of an epoch may be of one example
 
 
 def test_a_resumed_teacher_draws_what_an_unbroken_one_does() -> None:
