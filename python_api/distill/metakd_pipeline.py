@@ -26,6 +26,7 @@ from kdkernels.api.distill import (
     train,
 )
 from kdkernels.api.distill.data import Corpus, Labelled
+from kdkernels.api.distill.domain_readers import load_domains
 from kdkernels.api.distill.errors import require
 from kdkernels.api.distill.metakd_config import TEACHERS, MetaKdConfig, teacher_of
 from kdkernels.api.distill.metakd_results import slug, student_unit, teacher_unit
@@ -57,9 +58,20 @@ SPLITS = ("train", "dev", "test")
 
 def load_corpora(config: MetaKdConfig, notify: fetch.Notify) -> dict[str, Corpus]:
     """The texts of each domain, cut to the sizes of a run."""
-    from kdkernels.api.distill.domains import interim
-
-    return interim(config, notify)
+    data = None if config.data is None else Path(config.data)
+    found = load_domains(config.task, data, notify, config.domain_column)
+    corpora = {}
+    for name, corpus in found.corpora().items():
+        parts = {}
+        for split, count in (("train", config.labels), ("dev", config.dev), ("test", config.test)):
+            part: Labelled = getattr(corpus, split)
+            option, enough = "labels" if split == "train" else split, len(part)
+            fits = config.quick or count is None or count <= enough
+            contract = f"be at most {enough}, the {split} texts of {name}"
+            require(fits, option, contract, count)
+            parts[split] = part.head(count)
+        corpora[name] = replace(corpus, transfer=[], **parts)
+    return corpora
 
 
 class MetaKdPipeline:
@@ -148,7 +160,7 @@ class MetaKdPipeline:
     def _check_data(self) -> None:
         """Raises when the texts are not those the run began with."""
         content = {
-            name: [[part.texts, part.labels] for part in (c.train, c.dev, c.test)]
+            name: [[part.texts, part.pairs, part.labels] for part in (c.train, c.dev, c.test)]
             for name, c in self.domains.items()
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -177,7 +189,8 @@ class MetaKdPipeline:
         for name, corpus in self.domains.items():
             for split in SPLITS:
                 part: Labelled = getattr(corpus, split)
-                ids = text.encode(self._tokenizer, part.texts, self.config.max_length)
+                length = self.config.max_length
+                ids = text.encode(self._tokenizer, part.texts, length, part.pairs)
                 number = torch.full((len(ids),), self._number(name))
                 found[name, split] = Examples(ids, torch.tensor(part.labels), number)
         return found
