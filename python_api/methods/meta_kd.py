@@ -297,7 +297,7 @@ class MetaKD(nn.Module):
             for name, embedding in (("embedding", True), ("hidden", False)):
                 own = [i for i, (s, _) in enumerate(pairs) if (s == 0) == embedding]
                 if own:
-                    terms.shown[name] = parts.layers[own].sum().detach()
+                    terms.shown[name] = torch.stack([parts.layers[i] for i in own]).sum()
         if learnt.attention:
             match = self._match_maps if self.faithful_to == "code" else self._match_scores
             found = [

@@ -167,6 +167,27 @@ def test_a_domain_that_no_teacher_has_seen(
     assert "No teacher was trained on phones" in (folder / "report.md").read_text()
 
 
+def test_teachers_of_another_run(
+    command: Command, metakd_run: list[str], finished_metakd: Path
+) -> None:
+    options = [*metakd_run[:-2], "--teachers", str(finished_metakd), "--domains", "books"]
+    options[options.index(",".join(ARMS))] = "meta-metakd,meta-no-weights"
+    options[options.index("1,0.2")] = "1"
+    done = command(*options, "--name", "taken")
+    assert done.exit_code == 0, done.output
+    found, before = states(Path("runs/taken")), states(finished_metakd)
+    for unit in ("teacher-meta", "meta-metakd-books-share1-seed1"):
+        assert found[unit] == before[unit]
+    assert found["meta-no-weights-books-share1-seed0"] != found["meta-metakd-books-share1-seed0"]
+    for more, message in (
+        (["--max-length", "64"], "teachers must be of a run with max-length 64, got 128"),
+        (["--arms", "mixed-metakd"], "this teacher, got"),
+        (["--labels", "20"], "the same data and this teacher, got other data in"),
+    ):
+        done = command(*options, *more, "--name", "other")
+        assert done.exit_code == 1 and message in done.output.replace("\n", " "), done.output
+
+
 def test_examples_of_several_domains() -> None:
     parts = [
         Examples([[1, 2]] * n, torch.zeros(n).long(), torch.full((n,), k), torch.full((n,), 0.5))
