@@ -46,9 +46,9 @@ Quick = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Your texts, .csv or .jsonl: columns text, label (empty: unlabelled transfer text) "
-        "and optionally split (train, dev, test, transfer). lm: a UTF-8 text file, whose last "
-        "tenth is held out, or wikitext-2 [default there]."
+        help="Your texts, .csv, .tsv or .jsonl: columns text, label (empty: unlabelled transfer "
+        "text) and optionally split (train, dev, test, transfer). lm: a UTF-8 text file, whose "
+        "last tenth is held out, or wikitext-2 [default there]."
     ),
 ]
 Teacher = Annotated[

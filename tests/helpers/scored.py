@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kdkernels
 
-BATCH, SEQ, WIDTH, VOCAB = 64, 32, 768, 2000
+BATCH, SEQ, WIDTH, VOCAB = 256, 8, 768, 2000
 
 
 def resident() -> float:
