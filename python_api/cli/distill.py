@@ -10,7 +10,7 @@ import typer
 
 from kdkernels.api.cli.runs import one_sentence, parse_lists
 
-METHODS = ("swa", "diito")
+METHODS = ("swa", "diito", "meta-kd")
 # Options that are lists with commas.
 LISTS: dict[str, Callable[[str], Any]] = {
     "student_layers": int,
@@ -19,6 +19,8 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "arms": str.strip,
     "swa_start": float,
     "swa_every": int,
+    "domains": str.strip,
+    "share": float,
 }
 
 # Every option is None unless given: the defaults depend on --data and --quick, and a resumed run
@@ -27,6 +29,7 @@ LM = "Language models (--objective lm)"
 CLASSIFICATION = "Classification"
 SWA = "Weight averaging (--method swa)"
 DIITO = "Causal distillation (--method diito)"
+META_KD = "Distillation across domains (--method meta-kd)"
 
 Objective = Annotated[
     str | None,
@@ -214,7 +217,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="swa: fine-tune with stochastic weight averaging, and compare; diito: distil with "
-        "interchange interventions, and compare."
+        "interchange interventions, and compare; meta-kd: distil a teacher of several domains "
+        "into a student of each, and compare."
     ),
 ]
 Config = Annotated[
@@ -244,9 +248,11 @@ Positions = Annotated[
     ),
 ]
 Share = Annotated[
-    float | None,
+    str | None,
     typer.Option(
-        rich_help_panel=DIITO, help="Share of the shorter text that is exchanged [default: 0.3]."
+        rich_help_panel=DIITO,
+        help="Share of the shorter text that is exchanged [default: 0.3]. meta-kd: share of a "
+        "domain's labels that students see, several with commas are compared [default: 1].",
     ),
 ]
 TeacherLabels = Annotated[
@@ -268,7 +274,8 @@ Arms = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=SWA,
-        help="Some of ft, swa, kd, kd-swa [default: all; kd only where there are transfer texts].",
+        help="Some of ft, swa, kd, kd-swa [default: all; kd only where there are transfer texts]. "
+        "diito: kd, diito, kd-time. meta-kd: own, mixed or meta, -, tinybert or metakd.",
     ),
 ]
 TransferEpochs = Annotated[
@@ -315,6 +322,55 @@ Patience = Annotated[
         rich_help_panel=SWA,
         help="Stop after so many evaluations of the average without a better one, and keep the "
         "best [default: to the end].",
+    ),
+]
+DomainColumn = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Column of your data that names the domain [default: domain]."
+    ),
+]
+Domains = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=META_KD, help="Domains to train students of [default: all]."),
+]
+LeaveOut = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD,
+        help="A domain that no teacher is trained on; students are of it alone.",
+    ),
+]
+Stages = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=META_KD,
+        help="2: states, then soft labels; 1: all terms at once [default: 2].",
+    ),
+]
+Gamma1 = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=META_KD,
+        help="Weight of the domain corruption of the teacher [default: 0.5].",
+    ),
+]
+Gamma2 = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Weight of the transferable knowledge [default: 0.5]."
+    ),
+]
+Teachers = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Folder of a run with the same data: take its teachers."
+    ),
+]
+FaithfulTo = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="paper, or code: as the released code [default: paper]."
     ),
 ]
 
@@ -373,6 +429,14 @@ def distill(
     positions: Positions = None,
     share: Share = None,
     teacher_labels: TeacherLabels = None,
+    domain_column: DomainColumn = None,
+    domains: Domains = None,
+    leave_out: LeaveOut = None,
+    stages: Stages = None,
+    gamma1: Gamma1 = None,
+    gamma2: Gamma2 = None,
+    teachers: Teachers = None,
+    faithful_to: FaithfulTo = None,
     config: Config = None,
 ) -> None:
     """Fine-tune a real teacher, distil it into a small student, and compare.
@@ -384,6 +448,7 @@ def distill(
     With --recipe, students learn from the teacher's hidden states as published recipes do.
     With --method swa, a model is fine-tuned with weight averaging and without, on --task.
     With --method diito, students are distilled with interchange interventions and without.
+    With --method meta-kd, one teacher of several domains is distilled into a student of each.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -417,6 +482,17 @@ def _run(given: dict[str, Any], resume: bool) -> None:
             from kdkernels.api.distill.config import read_values
 
             given = {**read_values(given.pop("config")), **given}
+        _one_share(given)
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)
+
+
+def _one_share(given: dict[str, Any]) -> None:
+    """Only one method compares several shares; to the others it is a number."""
+    from kdkernels.api.distill.errors import require
+
+    share = given.get("share")
+    if isinstance(share, tuple) and given.get("objective") != "meta-kd":
+        require(len(share) == 1, "share", "be one number without --method meta-kd", list(share))
+        given["share"] = share[0]

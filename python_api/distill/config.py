@@ -207,11 +207,19 @@ def config_class(objective: object) -> type[RunConfig]:
     from kdkernels.api.distill.diito_config import DiitoConfig  # they import this module
     from kdkernels.api.distill.finetune_config import FinetuneConfig
     from kdkernels.api.distill.lm_config import LmConfig
+    from kdkernels.api.distill.metakd_config import MetaKdConfig
     from kdkernels.api.distill.swa_config import SwaConfig
 
     kinds: dict[object, type[RunConfig]] = {
         kind.objective: kind
-        for kind in (DistillConfig, LmConfig, SwaConfig, FinetuneConfig, DiitoConfig)
+        for kind in (
+            DistillConfig,
+            LmConfig,
+            SwaConfig,
+            FinetuneConfig,
+            DiitoConfig,
+            MetaKdConfig,
+        )
     }
     named = tuple(
         kind.objective for kind in kinds.values() if kind.option.startswith("--objective")
