@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,9 @@ def fit_teacher(
                 labels = batch.pop("labels")
                 return _cross_entropy(teacher(**batch).logits, labels)
             scores = None if examples.scores is None else examples.scores[rows]
-            found: Tensor = teacher(batch, examples.domains[rows], scores)
+            with warnings.catch_warnings():  # the last batch may be small, and of one domain
+                warnings.simplefilter("ignore", UserWarning)
+                found: Tensor = teacher(batch, examples.domains[rows], scores)
         return found
 
     steps = setting.steps(examples, config.teacher_epochs, seed)

@@ -178,7 +178,12 @@ def test_teachers_of_another_run(
     found, before = states(Path("runs/taken")), states(finished_metakd)
     for unit in ("teacher-meta", "meta-metakd-books-share1-seed1"):
         assert found[unit] == before[unit]
-    assert found["meta-no-weights-books-share1-seed0"] != found["meta-metakd-books-share1-seed0"]
+    losses = {
+        line["unit"]: line["loss"]
+        for line in map(json.loads, Path("runs/taken/log.jsonl").read_text().splitlines())
+        if "loss" in line
+    }
+    assert losses["meta-no-weights-books-share1-seed0"] > losses["meta-metakd-books-share1-seed0"]
     for more, message in (
         (["--max-length", "64"], "teachers must be of a run with max-length 64, got 128"),
         (["--arms", "mixed-metakd"], "this teacher, got"),
