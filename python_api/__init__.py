@@ -10,6 +10,7 @@ from kdkernels.api.backends import available_backends, explain, use_backend
 from kdkernels.api.cache import TeacherCache, TeacherCacheWriter
 from kdkernels.api.capture import Capture
 from kdkernels.api.counterfactual import Counterfactual
+from kdkernels.api.domain_prototypes import domain_prototypes
 from kdkernels.api.functional import (
     KDParts,
     MatchParts,
@@ -40,8 +41,13 @@ from kdkernels.api.methods import (
     Alignment,
     DIITOParts,
     LabelRegulariser,
+    MetaKD,
+    MetaKDParts,
+    MetaTeacher,
+    MetaTeacherParts,
     SparseTeacher,
     TeacherScores,
+    expertise_weights,
     masked_positions,
     sample_positions,
     sample_spans,
@@ -62,6 +68,7 @@ from kdkernels.api.nn import (
 )
 from kdkernels.api.optim import AdamWAverage
 from kdkernels.api.parallel import global_valid_count
+from kdkernels.api.prototypes import instance_scores, prototype_scores
 
 __all__ = [
     "DIITO",
@@ -85,6 +92,10 @@ __all__ = [
     "LinearKDLoss",
     "LinearTopKKDLoss",
     "MatchParts",
+    "MetaKD",
+    "MetaKDParts",
+    "MetaTeacher",
+    "MetaTeacherParts",
     "Positions",
     "Projections",
     "RelationMatchLoss",
@@ -103,13 +114,16 @@ __all__ = [
     "cache",
     "compat",
     "confidence_penalty_loss",
+    "domain_prototypes",
     "ema_update_",
+    "expertise_weights",
     "explain",
     "functional",
     "gate_scores",
     "global_valid_count",
     "hidden_match_loss",
     "hidden_match_many",
+    "instance_scores",
     "interchange",
     "interchange_at",
     "interchange_subspace",
@@ -122,6 +136,7 @@ __all__ = [
     "nn",
     "optim",
     "parallel",
+    "prototype_scores",
     "relation_match_loss",
     "sample_positions",
     "sample_spans",

@@ -14,6 +14,7 @@ from kdkernels import _checks
 from kdkernels._op import is_compiling
 from kdkernels.api._rows import KDParts, reduce_rows
 from kdkernels.api._spec import REDUCTIONS, choice, chunk_rows_of, kd_spec, number, positive
+from kdkernels.api.domain_prototypes import domain_prototypes
 from kdkernels.api.gate_scores import gate_scores
 from kdkernels.api.hidden import MatchParts, hidden_match_loss, hidden_match_many
 from kdkernels.api.interchange import interchange, interchange_at, interchange_subspace
@@ -28,6 +29,7 @@ __all__ = [
     "TopK",
     "attention_match_loss",
     "confidence_penalty_loss",
+    "domain_prototypes",
     "gate_scores",
     "hidden_match_loss",
     "hidden_match_many",

@@ -2,6 +2,7 @@
 
 from kdkernels.ops import (
     adamw_average,
+    domain_prototypes,
     gate_scores,
     hidden_match,
     interchange,
@@ -18,6 +19,7 @@ from kdkernels.ops import (
 
 __all__ = [
     "adamw_average",
+    "domain_prototypes",
     "gate_scores",
     "hidden_match",
     "interchange",

@@ -11,7 +11,7 @@ import typer
 from kdkernels.api.cli import complete
 from kdkernels.api.cli.runs import one_sentence, parse_lists
 
-METHODS = ("swa", "diito", "stark")
+METHODS = ("swa", "diito", "stark", "meta-kd")
 # Options that are lists with commas.
 LISTS: dict[str, Callable[[str], Any]] = {
     "student_layers": int,
@@ -22,6 +22,8 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "swa_every": int,
     "levels": float,
     "lams": float,
+    "domains": str.strip,
+    "share": float,
 }
 
 # Every option is None unless given: the defaults depend on --data and --quick, and a resumed run
@@ -31,6 +33,7 @@ CLASSIFICATION = "Classification"
 SWA = "Weight averaging (--method swa)"
 DIITO = "Causal distillation (--method diito)"
 STARK = "Sparse teachers (--method stark)"
+META_KD = "Distillation across domains (--method meta-kd)"
 
 Objective = Annotated[
     str | None,
@@ -50,9 +53,9 @@ Quick = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Your texts, .csv or .jsonl: columns text, label (empty: unlabelled transfer text) "
-        "and optionally split (train, dev, test, transfer). lm: a UTF-8 text file, whose last "
-        "tenth is held out, or wikitext-2 [default there]."
+        help="Your texts, .csv, .tsv or .jsonl: columns text, label (empty: unlabelled transfer "
+        "text) and optionally split (train, dev, test, transfer). lm: a UTF-8 text file, whose "
+        "last tenth is held out, or wikitext-2 [default there]."
     ),
 ]
 Teacher = Annotated[
@@ -236,6 +239,7 @@ Method = Annotated[
     typer.Option(
         help="swa: fine-tune with stochastic weight averaging, and compare; diito: distil with "
         "interchange interventions, and compare; stark: distil from teachers that are cut, and "
+        "compare; meta-kd: distil a teacher of several domains into a student of each, and "
         "compare.",
         autocompletion=complete.words(*METHODS),
     ),
@@ -268,9 +272,11 @@ Positions = Annotated[
     ),
 ]
 Share = Annotated[
-    float | None,
+    str | None,
     typer.Option(
-        rich_help_panel=DIITO, help="Share of the shorter text that is exchanged [default: 0.3]."
+        rich_help_panel=DIITO,
+        help="Share of the shorter text that is exchanged [default: 0.3]. meta-kd: share of a "
+        "domain's labels that students see, several with commas are compared [default: 1].",
     ),
 ]
 Levels = Annotated[
@@ -346,7 +352,8 @@ Arms = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=SWA,
-        help="Some of ft, swa, kd, kd-swa [default: all; kd only where there are transfer texts].",
+        help="Some of ft, swa, kd, kd-swa [default: all; kd only where there are transfer texts]. "
+        "diito: kd, diito, kd-time. meta-kd: own, mixed or meta, -, tinybert or metakd.",
         autocompletion=complete.listed(*complete.ARMS),
     ),
 ]
@@ -394,6 +401,55 @@ Patience = Annotated[
         rich_help_panel=SWA,
         help="Stop after so many evaluations of the average without a better one, and keep the "
         "best [default: to the end].",
+    ),
+]
+DomainColumn = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Column of your data that names the domain [default: domain]."
+    ),
+]
+Domains = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=META_KD, help="Domains to train students of [default: all]."),
+]
+LeaveOut = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD,
+        help="A domain that no teacher is trained on; students are of it alone.",
+    ),
+]
+Stages = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=META_KD,
+        help="2: states, then soft labels; 1: all terms at once [default: 2].",
+    ),
+]
+Gamma1 = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=META_KD,
+        help="Weight of the domain corruption of the teacher [default: 0.5].",
+    ),
+]
+Gamma2 = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Weight of the transferable knowledge [default: 0.5]."
+    ),
+]
+Teachers = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="Folder of a run with the same data: take its teachers."
+    ),
+]
+FaithfulTo = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=META_KD, help="paper, or code: as the released code [default: paper]."
     ),
 ]
 
@@ -459,6 +515,14 @@ def distill(
     faithful: Faithful = False,
     student_kind: StudentKind = None,
     student_level: StudentLevel = None,
+    domain_column: DomainColumn = None,
+    domains: Domains = None,
+    leave_out: LeaveOut = None,
+    stages: Stages = None,
+    gamma1: Gamma1 = None,
+    gamma2: Gamma2 = None,
+    teachers: Teachers = None,
+    faithful_to: FaithfulTo = None,
     config: Config = None,
 ) -> None:
     """Fine-tune a real teacher, distil it into a small student, and compare.
@@ -471,6 +535,7 @@ def distill(
     With --method swa, a model is fine-tuned with weight averaging and without, on --task.
     With --method diito, students are distilled with interchange interventions and without.
     With --method stark, they are distilled from teachers whose heads and neurons are cut.
+    With --method meta-kd, one teacher of several domains is distilled into a student of each.
     Everything is written to runs/NAME; --resume continues after an interruption.
     """
     options: dict[str, Any] = dict(locals())
@@ -505,6 +570,17 @@ def _run(given: dict[str, Any], resume: bool) -> None:
             from kdkernels.api.distill.config import read_values
 
             given = {**read_values(given.pop("config")), **given}
+        _one_share(given)
         from kdkernels.api.distill.runner import distill as run_distillation
 
         run_distillation(given, resume, console)
+
+
+def _one_share(given: dict[str, Any]) -> None:
+    """Only one method compares several shares; to the others it is a number."""
+    from kdkernels.api.distill.errors import require
+
+    share = given.get("share")
+    if isinstance(share, tuple) and given.get("objective") != "meta-kd":
+        require(len(share) == 1, "share", "be one number without --method meta-kd", list(share))
+        given["share"] = share[0]

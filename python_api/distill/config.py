@@ -234,10 +234,19 @@ def config_classes() -> tuple[type[RunConfig], ...]:
     from kdkernels.api.distill.diito_config import DiitoConfig  # they import this module
     from kdkernels.api.distill.finetune_config import FinetuneConfig
     from kdkernels.api.distill.lm_config import LmConfig
+    from kdkernels.api.distill.metakd_config import MetaKdConfig
     from kdkernels.api.distill.stark_config import StarkConfig
     from kdkernels.api.distill.swa_config import SwaConfig
 
-    return (DistillConfig, LmConfig, SwaConfig, FinetuneConfig, DiitoConfig, StarkConfig)
+    return (
+        DistillConfig,
+        LmConfig,
+        SwaConfig,
+        FinetuneConfig,
+        DiitoConfig,
+        StarkConfig,
+        MetaKdConfig,
+    )
 
 
 def make_config(given: Mapping[str, Any]) -> RunConfig:

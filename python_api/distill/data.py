@@ -18,17 +18,19 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with class numbers."""
+    """Texts with class numbers; of pairs of texts ``pairs`` are the second ones."""
 
     texts: list[str]
     labels: list[int]
+    pairs: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def head(self, count: int | None) -> Labelled:
         """The first ``count`` texts; all of them for None."""
-        return Labelled(self.texts[:count], self.labels[:count])
+        pairs = None if self.pairs is None else self.pairs[:count]
+        return Labelled(self.texts[:count], self.labels[:count], pairs)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Corpus:
         number = [names.index(name) for name in self.label_names]
 
         def renumber(part: Labelled) -> Labelled:
-            return Labelled(part.texts, [number[label] for label in part.labels])
+            return Labelled(part.texts, [number[label] for label in part.labels], part.pairs)
 
         return dataclasses.replace(
             self,

@@ -166,11 +166,7 @@ def load_glue(name: str, folder: Path) -> GlueData:
     paths = find_files(name, folder)
     read = []
     for path in paths:
-        try:
-            content = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DistillError(f"data must be UTF-8 text, got {path}: {error}") from error
-        examples, lost = parse_tsv(content, path.name, task)
+        examples, lost = parse_tsv(decoded(path), path.name, task)
         read.append(examples)
         if lost:
             broken[path.name] = lost
@@ -181,6 +177,18 @@ def load_glue(name: str, folder: Path) -> GlueData:
     tests = {part: divide(found, _key, [])[0] for part, found in named}
     scored = " and ".join(path.name for path in paths[1:])
     return GlueData(train, dev, tests, f"{task.title}, scored on {scored}", broken)
+
+
+def decoded(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DistillError: It is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DistillError(f"data must be UTF-8 text, got {path}: {error}") from error
 
 
 def parse_tsv(content: str, name: str, task: Glue) -> tuple[list[Example], int]:

@@ -9,9 +9,9 @@ from kdkernels.api.distill.data import Corpus, Labelled, divide
 from kdkernels.api.distill.errors import DistillError
 
 DOMAINS = ("hotels", "medicine", "products", "reviews")
-TEST_SHARE = 0.20
-DEV_SHARE = 0.10
+SHARES = (0.20, 0.10)  # of test and dev
 LABELS = ("negative", "neutral", "ambivalent", "positive")
+SOURCE = "sentences of hotel, medicine, product and school reviews in 4 sentiments (MultiEmo)"
 
 
 def file_name(domain: str) -> str:
@@ -28,14 +28,13 @@ def load_multiemo(folder: Path) -> Corpus:
     rows = []
     for domain in DOMAINS:
         rows += read_examples((folder / file_name(domain)).read_text(encoding="utf-8"), domain)
-    train, test, dev = divide(rows, lambda row: row[1], [TEST_SHARE, DEV_SHARE])
+    train, test, dev = divide(rows, lambda row: row[1], SHARES)
     numbers = {label: number for number, label in enumerate(LABELS)}
 
     def labelled(part: list[tuple[str, str]]) -> Labelled:
         return Labelled([text for _, text in part], [numbers[label] for label, _ in part])
 
-    source = "sentences of hotel, medicine, product and school reviews in 4 sentiments (MultiEmo)"
-    return Corpus(labelled(train), labelled(dev), labelled(test), [], list(LABELS), source)
+    return Corpus(labelled(train), labelled(dev), labelled(test), [], list(LABELS), SOURCE)
 
 
 def read_examples(content: str, name: str) -> list[tuple[str, str]]:

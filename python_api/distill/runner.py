@@ -19,6 +19,7 @@ from kdkernels.api.distill.data import Corpus, Limits
 from kdkernels.api.distill.diito_config import DiitoConfig
 from kdkernels.api.distill.errors import DistillError, RunStopped, require
 from kdkernels.api.distill.lm_config import LmConfig
+from kdkernels.api.distill.metakd_config import MetaKdConfig
 from kdkernels.api.distill.own_data import load_own
 from kdkernels.api.distill.pipeline import Pipeline
 from kdkernels.api.distill.progress import Display
@@ -59,6 +60,8 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
         work = prepare_diito(config, folder, runtime, display)
     elif isinstance(config, StarkConfig):
         work = prepare_stark(config, folder, runtime, display)
+    elif isinstance(config, MetaKdConfig):
+        work = prepare_meta_kd(config, folder, runtime, display)
     else:
         assert isinstance(config, DistillConfig)
         work = prepare_classification(config, folder, runtime, display)
@@ -171,6 +174,19 @@ def prepare_stark(
     except ValueError as error:
         raise DistillError(f"model must be one that can be cut, got {path}: {error}") from error
     return StarkPipeline(config, folder, runtime, display, task).run
+
+
+def prepare_meta_kd(
+    config: MetaKdConfig, folder: RunFolder, runtime: Runtime, display: Display
+) -> Callable[[], None]:
+    """Gathers what the run needs, before it has a folder; returns the run."""
+    from kdkernels.api.distill.metakd_pipeline import MetaKdPipeline, load_corpora
+
+    corpora = load_corpora(config, display.note)
+    model = fetch.teacher_folder(display.note) if config.model is None else Path(config.model)
+    models.check_model_folder(model, "model", config.max_length)
+    models.check_student_layers(model, config.student_layers)
+    return MetaKdPipeline(config, folder, runtime, display, corpora, model).run
 
 
 def check_trained(task: Any) -> None:

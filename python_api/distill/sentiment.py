@@ -14,6 +14,8 @@ from kdkernels.api.distill.errors import DistillError, require
 
 TEST_SHARE = 0.20
 DEV_SHARE = 0.04
+LABELS = ("negative", "positive")
+SOURCE = "human-rated sentiment of movie, product, news and tweet snippets, by sign"
 
 SENTIMENT_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 # Domain, file, and whether several snippets come from one document (`document_snippet` ids).
@@ -26,13 +28,15 @@ SENTIMENT_FILES = (
 
 
 @dataclass(frozen=True)
-class _Snippet:
+class Snippet:
+    """A text of a document, with its class."""
+
     document: str
     text: str
     label: int
 
 
-def _read_sentiment(archive: Path) -> Iterator[_Snippet]:
+def read_snippets(archive: Path) -> Iterator[Snippet]:
     """Reads the four domains out of the source archive, without snippets rated exactly zero."""
     with tarfile.open(archive) as outer:
         member = outer.extractfile(SENTIMENT_MEMBER)
@@ -49,21 +53,21 @@ def _read_sentiment(archive: Path) -> Iterator[_Snippet]:
                 if len(fields) != 3 or float(fields[1]) == 0.0:
                     continue
                 document = fields[0].split("_")[0]
-                yield _Snippet(f"{domain}/{document}", fields[2].strip(), int(float(fields[1]) > 0))
+                yield Snippet(f"{domain}/{document}", fields[2].strip(), int(float(fields[1]) > 0))
 
 
-def _documents(snippets: Iterable[_Snippet]) -> list[list[_Snippet]]:
+def documents(snippets: Iterable[Snippet]) -> list[list[Snippet]]:
     """Groups snippets by document, dropping texts seen before, in a fixed random order."""
     seen: set[str] = set()
-    groups: dict[str, list[_Snippet]] = {}
+    groups: dict[str, list[Snippet]] = {}
     for snippet in snippets:
         key = " ".join(snippet.text.lower().split())
         if key and key not in seen:
             seen.add(key)
             groups.setdefault(snippet.document, []).append(snippet)
-    documents = [groups[name] for name in sorted(groups)]
-    random.Random(SPLIT_SEED).shuffle(documents)
-    return documents
+    found = [groups[name] for name in sorted(groups)]
+    random.Random(SPLIT_SEED).shuffle(found)
+    return found
 
 
 def load_sentiment(archive: Path, limits: Limits) -> Corpus:
@@ -73,12 +77,12 @@ def load_sentiment(archive: Path, limits: Limits) -> Corpus:
         archive: The verified source archive.
         limits: How much of it to use.
     """
-    documents = _documents(_read_sentiment(archive))
-    total = sum(len(document) for document in documents)
-    queue = iter(documents)
+    found = documents(read_snippets(archive))
+    total = sum(len(document) for document in found)
+    queue = iter(found)
 
-    def take(count: int) -> list[_Snippet]:
-        taken: list[_Snippet] = []
+    def take(count: int) -> list[Snippet]:
+        taken: list[Snippet] = []
         while len(taken) < count and (document := next(queue, None)) is not None:
             taken += document
         return taken
@@ -95,10 +99,10 @@ def load_sentiment(archive: Path, limits: Limits) -> Corpus:
         dev=dev,
         test=test.head(limits.test),
         transfer=limit_transfer(transfer, limits),
-        label_names=["negative", "positive"],
-        source="human-rated sentiment of movie, product, news and tweet snippets, by sign",
+        label_names=list(LABELS),
+        source=SOURCE,
     )
 
 
-def _labelled(snippets: list[_Snippet]) -> Labelled:
+def _labelled(snippets: list[Snippet]) -> Labelled:
     return Labelled([s.text for s in snippets], [s.label for s in snippets])

@@ -12,20 +12,24 @@ import torch
 WINDOW_BATCHES = 50
 
 
-def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+def encode(
+    tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
+) -> list[list[int]]:
     """Tokenises texts.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: The texts.
         max_length: Longest sequence kept, special tokens included.
+        pairs: Second texts, one for each; None where texts stand alone.
 
     Returns:
         One list of token ids per text, unpadded.
     """
     if not texts:
         return []
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    second = None if pairs is None else list(pairs)
+    encoded = tokenizer(list(texts), second, truncation=True, max_length=max_length)
     return [list(ids) for ids in encoded["input_ids"]]
 
 

@@ -15,7 +15,7 @@ def test_available_backends() -> None:
     on_cuda = kdkernels.available_backends("kd_loss", "cuda")
     assert ("reference" in on_cuda) == torch.cuda.is_available()
     with pytest.raises(
-        ValueError, match="op must be one of adamw_average, gate_scores.*got 'softmax'"
+        ValueError, match="op must be one of adamw_average, domain_prototypes, .*got 'softmax'"
     ):
         kdkernels.available_backends("softmax")
 

@@ -86,7 +86,9 @@ def test_contracts(tmp_path: Path, lines: list[str], message: str) -> None:
 def test_file_kinds(tmp_path: Path) -> None:
     other = tmp_path / "own.txt"
     other.write_text("x")
-    with pytest.raises(DistillError, match=r"^data must be a .csv or .jsonl file, got own.txt$"):
+    with pytest.raises(
+        DistillError, match=r"^data must be a file of .csv, .tsv, .jsonl, got own.t"
+    ):
         load_own(other, Limits())
     broken = tmp_path / "own.jsonl"
     broken.write_text('{"text": "a", "label": 1}\nnot json\n')
