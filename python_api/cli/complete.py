@@ -17,13 +17,18 @@ OBJECTIVES = ("classification", "lm")
 RECIPES = ("tinybert", "pkd", "minilm", "distilbert")
 PRECISIONS = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
-ARMS = ("ft", "swa", "kd", "kd-swa", "diito", "kd-time", "stark", "random")
+ARMS = (
+    *("ft", "swa", "kd", "kd-swa", "diito", "kd-time", "stark", "random"),
+    *("own-tinybert", "own-metakd", "mixed-tinybert", "mixed-metakd"),
+    *("meta-tinybert", "meta-metakd", "meta-no-weights", "meta-no-transfer", "meta-no-scores"),
+    *("meta-no-hidden", "meta-no-attention", "meta-code"),
+)
 ALIGNMENTS = ("single_middle", "middle_late", "multilayer")
 BACKENDS = ("native", "triton", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("forward", "backward", "full")
 TASKS = (
-    *("sentiment", "r8", "r52", "20news", "ner", "qa", "lm", "mlm"),
+    *("sentiment", "r8", "r52", "20news", "ner", "qa", "lm", "mlm", "multiemo", "amazon"),
     *("cola", "sst-2", "mrpc", "qqp", "sts-b", "mnli", "qnli", "rte", "wnli"),
 )
 

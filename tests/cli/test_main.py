@@ -14,7 +14,13 @@ from typer.testing import CliRunner
 from kdkernels import ops
 from kdkernels._backend import BACKENDS
 from kdkernels.api.cli import app, complete, runs
-from kdkernels.api.distill import config, diito_config, stark_config, swa_config
+from kdkernels.api.distill import (
+    config,
+    diito_config,
+    metakd_config,
+    stark_config,
+    swa_config,
+)
 from kdkernels.api.methods.alignment import NAMES
 
 # A command that fails in its own way, and what becomes of it.
@@ -116,8 +122,10 @@ def test_completion_can_be_installed() -> None:
 
 def test_completed_names_are_the_real_ones() -> None:
     assert complete.ops() == tuple(sorted(ops.__all__))
-    assert set(complete.TASKS) == {*swa_config.TASKS, *diito_config.TASKS, *stark_config.TASKS}
-    assert set(complete.ARMS) == {*swa_config.ARMS, *diito_config.ARMS, *stark_config.ARMS}
+    methods = (swa_config, diito_config, stark_config, metakd_config)
+    assert set(complete.TASKS) == {name for method in methods for name in method.TASKS}
+    arms = {name for method in methods for name in method.ARMS} | {*metakd_config.ABLATIONS}
+    assert set(complete.ARMS) == arms
     assert set(complete.ALIGNMENTS) == set(NAMES)
     assert complete.RECIPES == config.RECIPES
     assert complete.PRECISIONS == config.PRECISIONS
