@@ -1,4 +1,4 @@
-"""For the Trainer of Hugging Face transformers, which must be installed: ``kdkernels.hf``."""
+"""A callback of transformers' Trainer that averages the weights."""
 
 from __future__ import annotations
 
