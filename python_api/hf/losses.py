@@ -18,6 +18,8 @@ from kdkernels.api.hf.teacher import LABELS, LOGITS, CachedTeacher, Signals, Tea
 
 NAME = "DistillMixin"
 IGNORED = -100
+# How classes of causal language models are called.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 class Loss(NamedTuple):
@@ -50,10 +52,15 @@ class StudentLoss:
         config = getattr(inner, "config", None)
         self._decodes = bool(getattr(config, "is_encoder_decoder", False))
         loss_type = LOSS_MAPPING.get(getattr(inner, "loss_type", None))
-        self.shifts = loss_type is ForCausalLMLoss and not self._decodes
+        generates = loss_type is ForCausalLMLoss
+        if loss_type is None:  # of GPT2LMHeadModel, and of classes of users
+            bases = (kind.__name__ for kind in type(inner).__mro__)
+            generates = any(name.endswith(CAUSAL) for name in bases)
+        self._aligned = loss_type is not None or generates
+        self.shifts = generates and not self._decodes
         self.route = options.route
         if self.route == "auto":
-            self.route = "hidden" if loss_type is ForCausalLMLoss else "logits"
+            self.route = "hidden" if generates else "logits"
         self._head = heads.find_head(student, "student") if self.route == "hidden" else None
         cached = isinstance(teacher, CachedTeacher)
         if cached and self.route != "hidden":
@@ -198,6 +205,11 @@ class StudentLoss:
                 continue
             target: Any = batch.get("shift_labels", batch.get(labels))
             shift = int(self.shifts and "shift_labels" not in batch)
+            if logits.dim() > 2 and not self._aligned and "shift_labels" not in batch:
+                raise ValueError(
+                    f"{NAME}: inputs must hold shift_labels, which are aligned with the logits, for "
+                    "a model that transformers has no loss for, got labels alone"
+                )
             if name != "logits" and target is not None:
                 # Spans that were cut off point behind the end.
                 target = torch.where(target < logits.shape[-1], target, IGNORED)

@@ -74,7 +74,8 @@ class DistillMixin(_Trainer):
         ...     disable_tqdm=True,
         ... )
         >>> trainer = DistillTrainer(model(1), arguments, teacher=model(2), train_dataset=texts)
-        >>> trainer.train().global_step
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime'...
         1
     """
 
@@ -94,6 +95,7 @@ class DistillMixin(_Trainer):
         self.model_accepts_loss_kwargs = True
         self._teacher = _teacher(teacher, self.accelerator, self.distill)
         self._loss = StudentLoss(self.model, self._teacher, self.distill)
+        self._loss_shifts_labels = self._loss.shifts  # so are they counted
         self._hidden: HiddenTerm | None = None
         if self.distill.hidden_weight:
             self._hidden = _hidden_term(self, self._teacher)

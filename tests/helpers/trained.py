@@ -1,0 +1,180 @@
+"""Tiny language models that a Trainer distils; run as a script by its tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from kdkernels import WeightAverager
+from kdkernels.api import hf
+
+VOCAB, TOKENS = 97, 9
+
+
+def lm(layers: int = 1, width: int = 16, kind: str = "Llama", seed: int = 0, **options: Any) -> Any:
+    """A causal language model, the same for the same arguments; logits of some size."""
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": VOCAB, "hidden_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "head_dim": 8,
+        "tie_word_embeddings": True, "initializer_range": 0.3, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, **options,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**values)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def texts(number: int = 12, **more: Any) -> list[dict[str, Any]]:
+    """Padded texts of which more and more begins with a prompt that has no labels."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for index in range(number):
+        tokens = torch.randint(1, VOCAB, (TOKENS,), generator=generator)
+        mask = (torch.arange(TOKENS) < TOKENS - index % 3).long()
+        labels = torch.where(mask == 1, tokens, -100)
+        labels[: index % 6] = -100
+        found.append({"input_ids": tokens * mask, "attention_mask": mask, "labels": labels, **more})
+    return found
+
+
+def settings(folder: Path, **options: Any) -> dict[str, Any]:
+    """Arguments of a short training."""
+    return {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 3,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **options,
+    }  # fmt: skip
+
+
+def distilled(folder: Path, student: Any = None, teacher: Any = None, **options: Any) -> Any:
+    """A trainer of a student of one layer, by default with a teacher of three wider ones."""
+    names = set(hf.DistillOptions.__dataclass_fields__)
+    spec = {"temperature": 2.0, **{k: options.pop(k) for k in names & set(options)}}
+    rest = {k: options.pop(k) for k in ("callbacks", "train_dataset", "eval_dataset", "data_collator")
+            if k in options}  # fmt: skip
+    return hf.DistillTrainer(
+        lm() if student is None else student,
+        hf.DistillArguments(**spec, **settings(folder, **options)),
+        teacher=lm(3, 32, seed=5) if teacher is None else teacher,
+        **{"train_dataset": texts(), "eval_dataset": texts(5), **rest},
+    )
+
+
+class Eager(Trainer):
+    """What one writes without this package: the logits of both models, in losses of torch."""
+
+    def __init__(self, *args: Any, teacher: Any, temperature: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._teacher, self._temperature = teacher.eval(), temperature
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        given = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**given)
+        with torch.no_grad():
+            teacher = self._teacher(**given).logits
+        loss = eager_loss(outputs.logits, teacher, inputs["labels"], self._temperature)
+        loss = loss / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Half of cross-entropy and half of the divergence, the sum over the tokens with a label."""
+    target = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    hard = F.cross_entropy(student, target, reduction="sum")
+    log_s, log_t = ((x / temperature).log_softmax(-1) for x in (student, teacher))
+    rows = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+    return 0.5 * hard + 0.5 * temperature**2 * rows[target != -100].sum()
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """A copy of a model's parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Two trainings that differ in the order of sums only."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=tolerance, msg=name)
+
+
+def losses(trainer: Any) -> list[float]:
+    """The logged losses of the steps."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- in processes of their own --------------------------------------------------------------------
+
+
+def whole_run(folder: Path) -> tuple[Any, WeightAverager]:
+    """A run with everything that a checkpoint must bring back."""
+    student = lm(2, attention_dropout=0.2)
+    trainer = distilled(
+        folder, student, hidden_weight=0.3, hidden_layers="1:1,2:3", max_steps=6,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    averager = WeightAverager(student, "ema", decay=0.7, start_step=2)
+    hf.AveragingCallback(averager).attach(trainer)
+    return trainer, averager
+
+
+def killed(folder: Path, step: int) -> None:
+    """Dies in the middle of writing the checkpoint of a step."""
+    trainer, _ = whole_run(folder)
+    save = trainer._save_rng_state
+
+    def die(place: str) -> None:
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(place)
+
+    trainer._save_rng_state = die
+    trainer.train()
+
+
+def parallel(folder: Path, sharded: bool) -> None:
+    """Two processes, each with its own part of every batch."""
+    teacher = lm(3, 32, seed=5)
+    if sharded:
+        torch.distributed.init_process_group("gloo")
+        teacher = hf.prepare_teacher(teacher, shard=True)
+    trainer = distilled(
+        folder, teacher=teacher, hidden_weight=0.3, gradient_accumulation_steps=1,
+        train_sampling_strategy="sequential", ddp_backend="gloo", ddp_find_unused_parameters=True,
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.args.process_index == 0:
+        result = {"weights": weights(trainer.model), "logs": trainer.state.log_history}
+        torch.save({**result, "metrics": metrics}, folder / f"end-{int(sharded)}.pt")
+    torch.distributed.barrier()
+    # No teardown: on a busy machine gloo's may wait for ever for a thread that waits for Python.
+    os._exit(0)
+
+
+class Seen(TrainerCallback):
+    """Counts micro-batches and steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+if __name__ == "__main__":
+    task, place, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    transformers.logging.set_verbosity_error()
+    killed(place, number) if task == "killed" else parallel(place, bool(number))
