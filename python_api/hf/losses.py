@@ -207,8 +207,8 @@ class StudentLoss:
             shift = int(self.shifts and "shift_labels" not in batch)
             if logits.dim() > 2 and not self._aligned and "shift_labels" not in batch:
                 raise ValueError(
-                    f"{NAME}: inputs must hold shift_labels, which are aligned with the logits, for "
-                    "a model that transformers has no loss for, got labels alone"
+                    f"{NAME}: inputs must hold shift_labels, aligned with the logits, for a "
+                    "model that transformers has no loss for, got labels alone"
                 )
             if name != "logits" and target is not None:
                 # Spans that were cut off point behind the end.

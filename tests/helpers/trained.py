@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 from kdkernels import WeightAverager
 from kdkernels.api import hf
@@ -59,8 +59,8 @@ def distilled(folder: Path, student: Any = None, teacher: Any = None, **options:
     """A trainer of a student of one layer, by default with a teacher of three wider ones."""
     names = set(hf.DistillOptions.__dataclass_fields__)
     spec = {"temperature": 2.0, **{k: options.pop(k) for k in names & set(options)}}
-    rest = {k: options.pop(k) for k in ("callbacks", "train_dataset", "eval_dataset", "data_collator")
-            if k in options}  # fmt: skip
+    own = {"callbacks", "train_dataset", "eval_dataset", "data_collator"}
+    rest = {k: options.pop(k) for k in own & set(options)}
     return hf.DistillTrainer(
         lm() if student is None else student,
         hf.DistillArguments(**spec, **settings(folder, **options)),
@@ -115,7 +115,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-# ---- in processes of their own --------------------------------------------------------------------
+# ---- in processes of their own -------------------------------------------------------------------
 
 
 def whole_run(folder: Path) -> tuple[Any, WeightAverager]:
@@ -162,16 +162,6 @@ def parallel(folder: Path, sharded: bool) -> None:
     torch.distributed.barrier()
     # No teardown: on a busy machine gloo's may wait for ever for a thread that waits for Python.
     os._exit(0)
-
-
-class Seen(TrainerCallback):
-    """Counts micro-batches and steps."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps += 1
 
 
 if __name__ == "__main__":

@@ -131,7 +131,9 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
     quantised.weight = nn.Parameter(torch.zeros(VOCAB, 16, dtype=torch.int8), requires_grad=False)
     teacher.lm_head = quantised
     trainer = distilled(tmp_path, teacher=teacher)
-    with pytest.raises(ValueError, match="teacher must have a head with a weight of floats, .*int8"):
+    with pytest.raises(
+        ValueError, match="teacher must have a head with a weight of floats, .*int8"
+    ):
         trainer.train()
     classifier = find_classifier()
     with pytest.raises(ValueError, match="student must have output embeddings for route='hidden'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_exported_student_is_clean(tmp_path: Path) -> None:
     trainer.save_model()
     assert not (tmp_path / PROJECTIONS).exists()
     saved = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in saved.items())
+    assert all(
+        torch.equal(value, trainer.model.state_dict()[name]) for name, value in saved.items()
+    )
 
 
 def test_projections_learn(whole: Path) -> None:
@@ -75,7 +78,7 @@ def test_projections_learn(whole: Path) -> None:
         torch.load(whole / f"checkpoint-{step}" / PROJECTIONS, weights_only=True)
         for step in (2, 4, 6)
     ]
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert all(not torch.equal(value, after[name]) for name, value in before.items())
 
 
