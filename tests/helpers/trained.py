@@ -33,6 +33,18 @@ def lm(layers: int = 1, width: int = 16, kind: str = "Llama", seed: int = 0, **o
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def tokenizer() -> Any:
+    """A word is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCAB - 2)} | {"<pad>": VOCAB - 2, "</s>": VOCAB - 1}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>"
+    )
+
+
 def texts(number: int = 12, **more: Any) -> list[dict[str, Any]]:
     """Padded texts of which more and more begins with a prompt that has no labels."""
     generator = torch.Generator().manual_seed(1)

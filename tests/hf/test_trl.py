@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.trained import VOCAB, close, distilled, lm, losses, settings, texts, weights
+from helpers.trained import VOCAB, close, distilled, lm, losses, settings, texts, tokenizer, weights
 
 from kdkernels import TeacherCache, TeacherCacheWriter
 from kdkernels.api import hf
@@ -25,15 +25,6 @@ class SFT(hf.DistillMixin, trl.SFTTrainer):  # type: ignore[misc]
 @dataclass
 class Arguments(hf.DistillOptions, trl.SFTConfig):  # type: ignore[misc]
     pass
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(VOCAB - 2)} | {"<pad>": VOCAB - 2, "</s>": VOCAB - 1}
-    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
 
 
 def data(number: int = 12) -> Any:
