@@ -6,8 +6,9 @@ A student of SmolLM2-135M's first layers learns from the whole of it on WikiText
 sides from the same weights, with the same batches and optimizer. The eager side is what one would
 write without this package: the logits of both models, of the rows that have a label, in
 ``F.cross_entropy`` and ``F.kl_div``. Turns alternate; a step's time is the median of a turn, the
-ratio that of the turns' medians; processor seconds tell more where others use the cores too. Peak memory is that of a training in a process of its own above
-what it holds before. Both loss curves are compared first: a wrong training is not timed.
+ratio that of the turns' medians; processor seconds tell more where others use the cores too. Peak
+memory is that of a training in a process of its own above what it holds before. The loss curves
+are compared first: a wrong training is not timed.
 """
 
 from __future__ import annotations
@@ -165,8 +166,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     peaks = {side: peak_of(side, options) for side in SIDES}
     known = {side: round(peak / 1e6) for side, peak in peaks.items() if peak is not None}
     print(
-        f"{ratios[0]:.2f} x the steps a second ({ratios[1]:.2f} x by processor seconds); peak above "
-        f"the models in MB: {known}"
+        f"{ratios[0]:.2f} x the steps a second ({ratios[1]:.2f} x by processor seconds); peak "
+        f"above the models in MB: {known}"
     )
     settings = ("model", "layers", "batch", "seq_len", "prompt", "freeze", "steps", "threads")
     return {

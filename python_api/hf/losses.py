@@ -51,7 +51,7 @@ class StudentLoss:
         inner = heads.core(student)
         config = getattr(inner, "config", None)
         self._decodes = bool(getattr(config, "is_encoder_decoder", False))
-        loss_type = LOSS_MAPPING.get(getattr(inner, "loss_type", None))
+        loss_type = LOSS_MAPPING.get(str(getattr(inner, "loss_type", None)))
         generates = loss_type is ForCausalLMLoss
         if loss_type is None:  # of GPT2LMHeadModel, and of classes of users
             bases = (kind.__name__ for kind in type(inner).__mro__)
@@ -62,9 +62,8 @@ class StudentLoss:
         if self.route == "auto":
             self.route = "hidden" if generates else "logits"
         self._head = heads.find_head(student, "student") if self.route == "hidden" else None
-        cached = isinstance(teacher, CachedTeacher)
-        if cached and self.route != "hidden":
-            raise ValueError(f"{NAME}: teacher must be a model for route='logits', got a cache")
+        if isinstance(teacher, CachedTeacher):
+            _check_cache(teacher, self._head, options)
         problem = getattr(config, "problem_type", None)
         if self.route == "logits" and problem not in (None, "single_label_classification"):
             raise ValueError(
@@ -126,6 +125,7 @@ class StudentLoss:
         whole_logits: bool,
     ) -> tuple[Loss, Any]:
         head: Any = self._head
+        outputs: Any
         parts: list[KDParts] = []
         rows = _rows(batch, given, self.shifts, self._decodes)
 
@@ -161,7 +161,7 @@ class StudentLoss:
                 f"{list(hidden.shape[:-1])} (prompt tuning?); use route='logits'"
             )
         scale, softcap = self._logit_options
-        options = {
+        options: dict[str, Any] = {
             **self._options.loss_keywords(),
             "vocab_size": self._options.vocab_size,
             "chunk_bytes": self._options.chunk_bytes,
@@ -174,25 +174,21 @@ class StudentLoss:
         if signals.topk is not None:
             del options["beta"]
             ids, logprobs = (x.to(hidden.device, non_blocking=True) for x in signals.topk)
-            own = {"logit_scale": scale, "softcap": softcap, "tail": self._options.tail}
-            return linear_topk_kd_loss(hidden, weight, ids, logprobs, **own, **options)
+            options |= {"logit_scale": scale, "softcap": softcap, "tail": self._options.tail}
+            sparse: KDParts = linear_topk_kd_loss(hidden, weight, ids, logprobs, **options)
+            return sparse
         if signals.hidden is None or signals.head is None:
-            own = {"logit_scale": scale, "softcap": softcap}
-            return linear_kd_loss(hidden, weight, None, None, **own, **options)
+            options |= {"logit_scale": scale, "softcap": softcap}
+            alone: KDParts = linear_kd_loss(hidden, weight, None, None, **options)
+            return alone
         assert isinstance(self._teacher, Teacher)
         # Not before: both models work at once where they are on two devices.
         said = signals.hidden.to(hidden.device, non_blocking=True)
         taught = self._teacher.head_on(hidden.device, signals.head)
-        return linear_kd_loss(
-            hidden,
-            weight,
-            said,
-            taught.weight,
-            teacher_bias=taught.bias,
-            logit_scale=(scale, taught.scale),
-            softcap=(softcap, taught.softcap),
-            **options,
-        )
+        options |= {"logit_scale": (scale, taught.scale), "softcap": (softcap, taught.softcap)}
+        options["teacher_bias"] = taught.bias
+        whole: KDParts = linear_kd_loss(hidden, weight, said, taught.weight, **options)
+        return whole
 
     def _from_logits(
         self, outputs: Any, batch: Mapping[str, Any], signals: Signals, count: Tensor | int | None
@@ -235,8 +231,11 @@ class StudentLoss:
             )
         if len(found) == 1:
             return found[0]
-        parts = zip(*found, strict=True)
-        return Loss(*(None if part[0] is None else torch.stack(part).mean() for part in parts))
+        mean: list[Any] = [
+            None if part[0] is None else torch.stack(part).mean()
+            for part in zip(*found, strict=True)
+        ]
+        return Loss(*mean)
 
     def _as_loss(
         self, parts: KDParts, labels: Tensor | None, signals: Signals, count: Tensor | int | None
@@ -249,6 +248,19 @@ class StudentLoss:
             None if labels is None else parts.ce,
             torch.as_tensor(divided, device=parts.loss.device).float(),
             parts.n_valid,
+        )
+
+
+def _check_cache(teacher: CachedTeacher, head: Any, options: DistillOptions) -> None:
+    """Raises for a cache that a student cannot learn from."""
+    if head is None:
+        raise ValueError(f"{NAME}: teacher must be a model for route='logits', got a cache")
+    classes, own = teacher.cache.manifest.vocab_size, head.weight.shape[0]
+    sharded = hasattr(head.weight, "ds_id")  # by DeepSpeed: its shape is not known here
+    if classes != own and options.vocab_size is None and not sharded:
+        raise ValueError(
+            f"{NAME}: teacher must have the student's {own} classes, got a cache with {classes}; "
+            "give vocab_size, the number of real ones, where the rest is padding"
         )
 
 

@@ -89,6 +89,7 @@ class DistillMixin(_Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, *rest, **kwargs)
+        self.model: Any
         self.distill = _options(self.args, distill)
         _check_trainer(self)
         # Rows are counted whatever the student's forward pass takes: the loss is not its own.
@@ -138,7 +139,9 @@ class DistillMixin(_Trainer):
             found, outputs = self._loss(
                 model, given, inputs, signals, num_items_in_batch, whole_logits
             )
-        loss, parts = found.loss, {"kd_loss": found.kd, "ce_loss": found.ce}
+        loss = found.loss
+        named = {"kd_loss": found.kd, "ce_loss": found.ce}
+        parts = {name: value for name, value in named.items() if value is not None}
         # A mean that is not divided by the rows of the step is one of this micro-batch.
         counted = num_items_in_batch is not None
         self.loss_is_scaled_for_ga = counted
@@ -175,8 +178,11 @@ class DistillMixin(_Trainer):
         """
         if not self.args.average_tokens_across_devices:
             return 1
-        size = getattr(self, "get_tp_size", lambda: 1)()
-        return int(self.accelerator.num_processes) // size
+        return int(self.accelerator.num_processes) // self._same_batch()
+
+    def _same_batch(self) -> int:
+        """How many processes have each batch."""
+        return int(getattr(self, "get_tp_size", lambda: 1)())
 
     def _aux_loss(self, outputs: Any) -> Tensor | None:
         """The load-balancing loss of a mixture of experts, where the model computes it."""
@@ -196,7 +202,7 @@ class DistillMixin(_Trainer):
             for name, value in parts.items():
                 if name == "hidden_loss":
                     self._eval_parts.add(name, value)
-                elif value is not None:
+                else:
                     self._eval_parts.add(name, value * found.denominator)
             self._eval_parts.add("batches", torch.ones((), device=found.loss.device))
             self._eval_parts.add("rows", found.n_valid)
@@ -204,9 +210,8 @@ class DistillMixin(_Trainer):
         if not self._parts:
             self._logged_at = self.state.global_step
         for name, value in parts.items():
-            if value is not None:
-                scale = share if name == "hidden_loss" else factor * share
-                self._parts.add(name, value * scale)
+            scale = share if name == "hidden_loss" else factor * share
+            self._parts.add(name, value * scale)
 
     # ---- what the Trainer calls ------------------------------------------------------------------
 
@@ -215,9 +220,10 @@ class DistillMixin(_Trainer):
         batches, count = super().get_batch_samples(*args, **kwargs)
         self._token_count = None
         if self._hidden is not None and batches:
-            tokens = sum(token_count(batch).to(self.args.device) for batch in batches)
+            device = self.args.device
+            tokens = torch.stack([token_count(batch).to(device) for batch in batches]).sum()
             if self._processes() > 1:
-                tokens = self.accelerator.gather(tokens).sum()
+                tokens = self.accelerator.gather(tokens).sum() // self._same_batch()
             self._token_count = tokens
         return batches, count
 
@@ -245,7 +251,7 @@ class DistillMixin(_Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Also reports the parts of the loss, the means over all rows."""
         self._eval_parts = PartSums()
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         sums = self._eval_parts.take(self.accelerator)
         rows, batches = sums.pop("rows", 0.0), sums.pop("batches", 0.0)
@@ -292,12 +298,13 @@ class DistillMixin(_Trainer):
         """The student; into checkpoints also the projections, in a file of their own."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and self._hidden is not None and self.args.should_save:
-            self._hidden.save(output_dir or self.args.output_dir)
+            folder: Any = output_dir or self.args.output_dir
+            self._hidden.save(folder)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if isinstance(self._teacher, CachedTeacher):
-            columns = self._signature_columns
+            columns: Any = self._signature_columns
             if CachedTeacher.IDS not in columns:
                 columns.append(CachedTeacher.IDS)
 

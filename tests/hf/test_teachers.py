@@ -77,6 +77,8 @@ def test_refused_caches(tmp_path: Path, cache: TeacherCache) -> None:
         distilled(tmp_path, teacher=cache, temperature=1.0)
     with pytest.raises(ValueError, match="teacher must be a model for route='logits', got a cache"):
         distilled(tmp_path, teacher=cache, route="logits")
+    with pytest.raises(ValueError, match="have the student's 90 classes, got a cache"):
+        distilled(tmp_path, lm(vocab_size=90), teacher=cache)
     other = [{**text, "input_ids": text["input_ids"] + 1} for text in texts()]
     with pytest.raises(MissingExampleError, match="must be the tokens of one of the 12 examples"):
         distilled(tmp_path, teacher=cache, train_dataset=other).train()
