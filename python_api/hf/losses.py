@@ -138,7 +138,7 @@ class StudentLoss:
         with heads.answering(head, answer, "student"):
             outputs = model(**given)
         loss = parts[0].loss
-        if not whole_logits and isinstance(outputs, Mapping):
+        if not whole_logits and isinstance(outputs, dict):
             # Adds nothing, but ties the loss to the output: see one_column.
             loss = loss + outputs["logits"].sum() * 0
             outputs["logits"] = None

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from kdkernels import WeightAverager
 from kdkernels.api import hf
+from kdkernels.api.hf.losses import StudentLoss
 
 VOCAB, TOKENS = 97, 9
 
@@ -156,12 +157,39 @@ def killed(folder: Path, step: int) -> None:
     trainer.train()
 
 
+def sharded_student(teacher: hf.Teacher) -> None:
+    """The gradients of a student that FSDP2 has divided are those of a whole one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
+    batch = {name: torch.stack([text[name] for text in texts(4)]) for name in texts(1)[0]}
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    grads = []
+    for divided in (False, True):
+        student = lm(2)
+        loss = StudentLoss(student, teacher, hf.DistillOptions(temperature=2.0))
+        if divided:
+            for layer in student.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(student, mesh=mesh)
+        mine = {k: v.chunk(2)[rank] for k, v in batch.items()} if divided else batch
+        given = loss.inputs(student, mine)
+        loss.check(student, given)
+        found, _ = loss(student, given, mine, teacher(given), count, False)
+        (found.loss * (2 if divided else 1)).backward()
+        grads.append({n: p.grad for n, p in student.named_parameters()})
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grad.full_tensor(), grads[0][name], rtol=1e-4, atol=1e-6)
+
+
 def parallel(folder: Path, sharded: bool) -> None:
     """Two processes, each with its own part of every batch."""
     teacher = lm(3, 32, seed=5)
     if sharded:
         torch.distributed.init_process_group("gloo")
         teacher = hf.prepare_teacher(teacher, shard=True)
+        sharded_student(teacher)
     trainer = distilled(
         folder, teacher=teacher, hidden_weight=0.3, gradient_accumulation_steps=1,
         train_sampling_strategy="sequential", ddp_backend="gloo", ddp_find_unused_parameters=True,
