@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer
 
 from kdkernels import WeightAverager
-from kdkernels.api import hf
-from kdkernels.api.hf.losses import StudentLoss
+
+# Whoever imports this module is skipped without them.
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+
+from kdkernels.api import hf  # noqa: E402
+from kdkernels.api.hf.losses import StudentLoss  # noqa: E402
 
 VOCAB, TOKENS = 97, 9
 
@@ -82,7 +86,7 @@ def distilled(folder: Path, student: Any = None, teacher: Any = None, **options:
     )
 
 
-class Eager(Trainer):
+class Eager(transformers.Trainer):
     """What one writes without this package: the logits of both models, in losses of torch."""
 
     def __init__(self, *args: Any, teacher: Any, temperature: float, **kwargs: Any) -> None:

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from helpers.trained import VOCAB, close, distilled, lm, settings, texts, weights
+from helpers.trained import (
+    VOCAB,
+    close,
+    distilled,
+    lm,
+    settings,
+    texts,
+    transformers,
+    weights,
+)
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 

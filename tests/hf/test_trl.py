@@ -18,12 +18,12 @@ datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:.return_outputs")
 
 
-class SFT(hf.DistillMixin, trl.SFTTrainer):  # type: ignore[misc]
+class SFT(hf.DistillMixin, trl.SFTTrainer):
     pass
 
 
 @dataclass
-class Arguments(hf.DistillOptions, trl.SFTConfig):  # type: ignore[misc]
+class Arguments(hf.DistillOptions, trl.SFTConfig):
     pass
 
 
