@@ -65,6 +65,9 @@ class StudentLoss:
         if isinstance(teacher, CachedTeacher):
             _check_cache(teacher, self._head, options)
         problem = getattr(config, "problem_type", None)
+        one = getattr(config, "num_labels", None) == 1
+        if problem is None and one and inner.loss_type == "ForSequenceClassification":
+            problem = "regression"  # as such models have it
         if self.route == "logits" and problem not in (None, "single_label_classification"):
             raise ValueError(
                 f"{NAME}: model must be a classifier of one label, got problem_type {problem!r}"
@@ -143,7 +146,7 @@ class StudentLoss:
             loss = loss + outputs["logits"].sum() * 0
             outputs["logits"] = None
         found = parts[0]._replace(loss=loss)
-        return self._as_loss(found, rows["labels"], signals, count), outputs
+        return self._as_loss(found, rows["labels"], count), outputs
 
     def _head_loss(
         self,
@@ -224,7 +227,7 @@ class StudentLoss:
                 return_parts=True,
                 **self._options.loss_keywords(),
             )
-            found.append(self._as_loss(parts, target, signals, count))
+            found.append(self._as_loss(parts, target, count))
         if not found:
             raise ValueError(
                 f"{NAME}: model must give {', '.join(LOGITS)}, got {', '.join(outputs)}"
@@ -237,14 +240,12 @@ class StudentLoss:
         ]
         return Loss(*mean)
 
-    def _as_loss(
-        self, parts: KDParts, labels: Tensor | None, signals: Signals, count: Tensor | int | None
-    ) -> Loss:
+    def _as_loss(self, parts: KDParts, labels: Tensor | None, count: Tensor | int | None) -> Loss:
         """With the number of rows that it was divided by, and the parts that there are."""
         divided = parts.n_valid if count is None else count
         return Loss(
             parts.loss,
-            None if signals == Signals() else parts.kd,
+            None if self._teacher is None else parts.kd,
             None if labels is None else parts.ce,
             torch.as_tensor(divided, device=parts.loss.device).float(),
             parts.n_valid,

@@ -168,6 +168,9 @@ def test_unsuited_models(tmp_path: Path) -> None:
     regression = bert("SequenceClassification", 1, num_labels=1, problem_type="regression")
     with pytest.raises(ValueError, match="must be a classifier of one label, got .*'regression'"):
         distilled(tmp_path, regression, regression)
+    regression.config.problem_type = None
+    with pytest.raises(ValueError, match="must be a classifier of one label, got .*'regression'"):
+        distilled(tmp_path, regression, regression)
 
 
 KINDS: dict[str, tuple[dict[str, Any], Any]] = {

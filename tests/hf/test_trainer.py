@@ -119,6 +119,19 @@ def test_outputs(tmp_path: Path) -> None:
     assert set(seen) == {1}
 
 
+@pytest.mark.parametrize("route", ["hidden", "logits"])
+def test_no_labels_at_all(tmp_path: Path, route: str) -> None:
+    """Batches without a row that counts have a loss of 0 and no gradient."""
+    data = [{**text, "labels": torch.full_like(text["labels"], -100)} for text in texts(8)]
+    trainer = distilled(tmp_path, train_dataset=data, eval_dataset=data, route=route)
+    before = weights(trainer.model)
+    trainer.train()
+    assert losses(trainer) == [0.0] * 4
+    after = weights(trainer.model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert trainer.evaluate()["eval_kd_loss"] == 0.0
+
+
 def test_labels_that_are_shifted_already(tmp_path: Path) -> None:
     trainer = distilled(tmp_path)
     batch = {k: torch.stack([text[k] for text in texts(3)]) for k in texts(1)[0]}
