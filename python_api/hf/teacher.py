@@ -69,7 +69,7 @@ class Teacher:
             inputs: arguments of the student's forward pass: padding, packing and positions are so
                 the same. Labels, and what this model does not know, are left out.
             route: ``hidden``: what the head gets, and the head; logits are not computed.
-                ``logits``: logits. ``none``: neither.
+                ``logits``: logits.
             layers: paths of modules whose outputs are wanted as well.
 
         Returns:
@@ -87,7 +87,7 @@ class Teacher:
         if "use_cache" in self._names:
             given["use_cache"] = False
         recorded: list[Tensor] = []
-        head = None if route == "logits" else self._head(given, route)
+        head = self._head(given) if route == "hidden" else None
         with ExitStack() as stack:
             seen = stack.enter_context(Capture(self.model, layers)) if layers else None
             if head is not None:
@@ -97,14 +97,10 @@ class Teacher:
         found = () if seen is None else tuple(x.detach() for x in seen.values())
         if route == "hidden":
             return Signals(recorded[0], self._whole_head(), layers=found)
-        return Signals(logits=logits_of(outputs) if route == "logits" else None, layers=found)
+        return Signals(logits=logits_of(outputs), layers=found)
 
-    def _head(self, given: Mapping[str, Any], route: str) -> nn.Module | None:
+    def _head(self, given: Mapping[str, Any]) -> nn.Module:
         """The head, which must answer for the model."""
-        if route == "none":  # spares the logits where there are any
-            get = getattr(heads.core(self.model), "get_output_embeddings", None)
-            found: nn.Module | None = get() if callable(get) else None
-            return found
         head = heads.find_head(self.model, "teacher")
         if not self._checked:
             heads.check_logits(self.model, head, given, "teacher")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import trained
 from helpers.trained import close, distilled, lm, losses, texts, weights
-from transformers import Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import kdkernels
 from kdkernels.api import hf
@@ -175,6 +175,15 @@ def test_activation_checkpointing(tmp_path: Path) -> None:
     for each in runs:
         each.train()
     close(*(weights(each.model) for each in runs))
+
+
+def test_command_line() -> None:
+    options = ["--temperature", "2.5", "--alpha", "0.9", "--hidden_layers", "1:2,2:4"]
+    parser = HfArgumentParser(hf.DistillArguments)
+    given = ["--output_dir", "runs", "--use_cpu", "--learning_rate", "0.1", *options]
+    (found,) = parser.parse_args_into_dataclasses(given)
+    assert (found.temperature, found.alpha, found.learning_rate) == (2.5, 0.9, 0.1)
+    assert found.layer_map().rule == ((1, 2), (2, 4)) and found.vocab_size is None
 
 
 def test_refusals(tmp_path: Path) -> None:
