@@ -1,8 +1,9 @@
 """For the Trainer of Hugging Face transformers, which must be installed: ``kdkernels.hf``.
 
-``mixin`` is the trainer, ``options`` what can be set, ``teacher`` the models and caches it learns
-from, ``head`` the linear layer that a language model ends in, ``hidden`` the terms on hidden
-states, ``label_loss`` losses that need no teacher; the rest are callbacks.
+``mixin`` is the trainer, ``options`` what can be set, ``teacher`` the models and caches that it
+learns from, ``losses`` the loss of a batch, ``head`` the linear layer that a language model ends
+in, ``hidden`` the term on hidden states, ``metrics`` what is logged, ``label_loss`` losses without
+a teacher; ``averaging`` and ``sparse`` are callbacks.
 """
 
 from kdkernels.api.hf.averaging import AveragingCallback
