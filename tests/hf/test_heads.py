@@ -45,6 +45,15 @@ def test_scale_and_cap(tmp_path: Path, name: str) -> None:
     assert losses(found[0]) == pytest.approx(losses(found[1]), rel=1e-5)
 
 
+def test_rows_of_models_without_a_loss_type(tmp_path: Path) -> None:
+    """The Trainer does not know that GPT-2 shifts its labels and counts one row a text more."""
+    options = MODELS["GPT2"][0]
+    trainer = distilled(tmp_path, lm(**options), lm(seed=5, **options))
+    batch = {name: torch.stack([text[name] for text in texts(3)]) for name in texts(1)[0]}
+    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    assert count == (batch["labels"][:, 1:] != -100).sum() != (batch["labels"] != -100).sum()
+
+
 def test_one_model_with_a_cap_and_one_without(tmp_path: Path) -> None:
     runs = [
         distilled(tmp_path, lm(**SOFTCAP), route=route, max_steps=2)
