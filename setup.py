@@ -77,6 +77,7 @@ setup(
         "kdkernels": ["py.typed"],
         "kdkernels.ops": ["*/README.md"],
         "kdkernels.api.cache": ["README.md"],
+        "kdkernels.api.hf": ["README.md"],
     },
     # The extension only tells setuptools that the wheel holds compiled files; CMake names them.
     ext_modules=[Extension("kdkernels._host", sources=[])] if NATIVE else [],

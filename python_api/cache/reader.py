@@ -107,6 +107,7 @@ class TeacherCache:
             for place, example in enumerate(shard.examples):
                 self._index.setdefault(example, (number, place))
         self._rows: dict[int, Any] = {}  # shard -> its mapped rows
+        self._contents: dict[bytes, ExampleId] = {}  # content hash -> id; made when asked for
 
     def get(self, example_id: ExampleId, input_ids: Any) -> tuple[Tensor, Tensor]:
         """What the teacher said about one example.
@@ -125,6 +126,29 @@ class TeacherCache:
         """
         number, packed = self._packed(example_id, input_ids)
         return self._decode(packed, self._shards[number].path)
+
+    def find(self, input_ids: Any) -> ExampleId:
+        """The id of an example of these tokens; of several that are equal, any one.
+
+        Args:
+            input_ids: ``[tokens]`` integers.
+
+        Raises:
+            MissingExampleError: there is no such example (a ``KeyError``).
+        """
+        if len(self._contents) == 0:
+            self._contents = {
+                self._shards[number].hashes[place]: example
+                for example, (number, place) in self._index.items()
+            }
+        content = content_hash(NAME_OF_CLASS, input_ids)
+        if content not in self._contents:
+            raise MissingExampleError(
+                f"{NAME_OF_CLASS}: input_ids must be the tokens of one of the {len(self)} examples "
+                f"of {self.path}, got {len(input_ids)} other tokens (another tokenizer, cut or "
+                "data set?)"
+            )
+        return self._contents[content]
 
     def rows(
         self,

@@ -1,4 +1,4 @@
-"""For the Trainer of Hugging Face transformers, which must be installed: ``kdkernels.hf``."""
+"""A callback of transformers' Trainer that averages the weights."""
 
 from __future__ import annotations
 
@@ -53,10 +53,14 @@ class AveragingCallback(TrainerCallback):
             kind = type(averager).__name__
             raise TypeError(f"AveragingCallback: averager must be a WeightAverager, got {kind}")
         self._averager, self._export, self._resume_from = averager, export, resume_from
+        self._attached = False
 
     def attach(self, trainer: Trainer) -> None:
-        """Adds itself, and evaluates the average from now on (no event precedes evaluations)."""
+        """Adds itself, and from now on evaluates the average and saves it before a checkpoint is
+        complete: no event precedes either.
+        """
         evaluate, averager, depth = trainer.evaluate, self._averager, 0
+        save_model = trainer.save_model
 
         def of_the_average(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
@@ -69,8 +73,14 @@ class AveragingCallback(TrainerCallback):
             finally:
                 depth -= 1
 
+        def with_the_average(output_dir: Any = None, _internal_call: bool = False) -> None:
+            save_model(output_dir, _internal_call)
+            if _internal_call:
+                self._save(Path(output_dir))
+
         replaced: Any = trainer  # where transformers is installed its type forbids this
-        replaced.evaluate = of_the_average
+        replaced.evaluate, replaced.save_model = of_the_average, with_the_average
+        self._attached = True
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,8 +101,11 @@ class AveragingCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Beside the checkpoint's files; whole or not at all."""
+        if not self._attached:
+            self._save(_checkpoint(args, state))
+
+    def _save(self, folder: Path) -> None:
         values = self._averager.state_dict()
-        folder = _checkpoint(args, state)
         if first_process() and folder.is_dir():
             write_file(folder / STATE, lambda file: torch.save(values, file))
 

@@ -47,7 +47,15 @@ def training(folder: Path, **options: Any) -> tuple[Any, WeightAverager, list[bo
 
 def test_trainer(tmp_path: Path) -> None:
     trainer, whole, averaged = training(tmp_path / "whole", export=tmp_path / "averaged")
+    save, complete = trainer._save_rng_state, []
+
+    def before_the_last_file(folder: str) -> None:
+        complete.append((Path(folder) / "weight_averager.pt").exists())
+        save(folder)
+
+    trainer._save_rng_state = before_the_last_file
     trainer.train()
+    assert complete == [True] * 3
     # Two datasets a step; there is an average from step 2 on.
     assert averaged == [False] * 2 + [True] * 10
     assert whole.n_averaged == 5
