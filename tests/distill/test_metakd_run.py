@@ -189,7 +189,7 @@ def test_teachers_of_another_run(
         (["--arms", "mixed-metakd"], "this teacher, got"),
         (["--labels", "20"], "the same data and this teacher, got other data in"),
     ):
-        done = command(*options, *more, "--name", "other")
+        done = command(*options, *more, "--name", f"other{more[0]}")
         assert done.exit_code == 1 and message in done.output.replace("\n", " "), done.output
 
 
