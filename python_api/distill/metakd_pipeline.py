@@ -62,7 +62,7 @@ def load_corpora(config: MetaKdConfig, notify: fetch.Notify) -> dict[str, Corpus
     found = load_domains(config.task, data, notify, config.domain_column)
     corpora = {}
     for name, corpus in found.corpora().items():
-        parts = {}
+        parts: dict[str, Any] = {}
         for split, count in (("train", config.labels), ("dev", config.dev), ("test", config.test)):
             part: Labelled = getattr(corpus, split)
             option, enough = "labels" if split == "train" else split, len(part)

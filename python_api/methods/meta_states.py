@@ -70,7 +70,8 @@ class Watched:
                 stack.enter_context(capture)
             output = self._model(**inputs)
         logits = output["logits"] if isinstance(output, Mapping) else output.logits
-        found, asked = self._outputs or {}, self._queries or {}
+        found: Mapping[str, Any] = {} if self._outputs is None else self._outputs
+        asked: Mapping[str, Any] = {} if self._queries is None else self._queries
         states = States(
             logits,
             {layer: found[self._paths[layer]] for layer in self._hidden},
