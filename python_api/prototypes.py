@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,7 +179,7 @@ def instance_scores(
                 spool.write(means.numpy().data)
         if not run.groups:
             raise ValueError(f"{name}: loader must have at least one batch, got none")
-        groups = torch.cat(run.groups)
+        groups = torch.frombuffer(run.groups, dtype=torch.int32)
         table = run.prototypes()
         width = table.shape[-1]
         spool.seek(0)
@@ -305,7 +306,9 @@ class _Pass:
         self._form, self._faithful_to, self._backend = form, faithful_to, backend
         self._special_ids = None if special_ids is None else tuple(special_ids)
         self._sums: tuple[Tensor, Tensor] | None = None
-        self.groups: list[Tensor] = []  # domain * classes + label, of each batch
+        # domain * classes + label of each example. In one buffer: a tensor of each batch would keep
+        # the memory in pieces that the next batch's states do not fit into.
+        self.groups = array("i")
 
     def add(self, batch: Mapping[str, Any]) -> Tensor:
         """The embeddings of a batch, ``[batch, hidden]``, which are in the prototypes now."""
@@ -329,7 +332,7 @@ class _Pass:
             backend=self._backend,
         )
         self._sums = sums[0], sums[1]
-        self.groups.append(groups.int())
+        self.groups.frombytes(groups.int().numpy().tobytes())
         return means
 
     def prototypes(self) -> Tensor:

@@ -70,8 +70,8 @@ class Watched:
                 stack.enter_context(capture)
             output = self._model(**inputs)
         logits = output["logits"] if isinstance(output, Mapping) else output.logits
-        found: Mapping[str, Any] = {} if self._outputs is None else self._outputs
-        asked: Mapping[str, Any] = {} if self._queries is None else self._queries
+        found: Mapping[str, Any] = self._outputs or {}
+        asked: Mapping[str, Any] = self._queries or {}
         states = States(
             logits,
             {layer: found[self._paths[layer]] for layer in self._hidden},
