@@ -184,12 +184,14 @@ def test_teachers_of_another_run(
         if "loss" in line
     }
     assert losses["meta-no-weights-books-share1-seed0"] > losses["meta-metakd-books-share1-seed0"]
-    for more, message in (
-        (["--max-length", "64"], "teachers must be of a run with max-length 64, got 128"),
-        (["--arms", "mixed-metakd"], "this teacher, got"),
-        (["--labels", "20"], "the same data and this teacher, got other data in"),
+    for number, (more, message) in enumerate(
+        [
+            (["--max-length", "64"], "teachers must be of a run with max-length 64, got 128"),
+            (["--arms", "mixed-metakd"], "this teacher, got"),
+            (["--labels", "20"], "the same data and this teacher, got other data in"),
+        ]
     ):
-        done = command(*options, *more, "--name", f"other{more[0]}")
+        done = command(*options, *more, "--name", f"other{number}")
         assert done.exit_code == 1 and message in done.output.replace("\n", " "), done.output
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import math
 import warnings
 from pathlib import Path
@@ -492,3 +494,9 @@ def test_refused_batches() -> None:
         teacher(given, DOMAINS, torch.full((4,), math.nan))
     with pytest.raises(ValueError, match="batch must have special_tokens_mask"):
         MetaTeacher(teacher.model, 3)(given, DOMAINS)
+
+
+def test_examples_of_the_docstrings() -> None:
+    for name in ("expertise", "meta_kd", "meta_teacher"):
+        found = doctest.testmod(importlib.import_module(f"kdkernels.api.methods.{name}"))
+        assert found.attempted and not found.failed
