@@ -18,6 +18,7 @@ from kdkernels.api.distill.config import DistillConfig, RunConfig
 from kdkernels.api.distill.data import Corpus, Limits
 from kdkernels.api.distill.diito_config import DiitoConfig
 from kdkernels.api.distill.errors import DistillError, RunStopped, require
+from kdkernels.api.distill.finetune_config import FinetuneConfig
 from kdkernels.api.distill.lm_config import LmConfig
 from kdkernels.api.distill.metakd_config import MetaKdConfig
 from kdkernels.api.distill.own_data import load_own
@@ -47,24 +48,19 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
     """
     quiet_transformers()
     config = open_config(given, resume)
-    runtime = choose_runtime(config)
+    threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    display = Display(console)
+    try:
+        _run(config, console)
+    finally:
+        torch.set_num_threads(threads)  # also a caller's, who may go on with other work
+    return config.folder
+
+
+def _run(config: RunConfig, console: Console) -> None:
     folder = RunFolder(config.folder)
-    if isinstance(config, LmConfig):
-        work = prepare_lm(config, folder, runtime, display)
-    elif isinstance(config, SwaConfig):
-        work = prepare_swa(config, folder, runtime, display)
-    elif isinstance(config, DiitoConfig):
-        work = prepare_diito(config, folder, runtime, display)
-    elif isinstance(config, StarkConfig):
-        work = prepare_stark(config, folder, runtime, display)
-    elif isinstance(config, MetaKdConfig):
-        work = prepare_meta_kd(config, folder, runtime, display)
-    else:
-        assert isinstance(config, DistillConfig)
-        work = prepare_classification(config, folder, runtime, display)
+    work = PREPARE[type(config)](config, folder, choose_runtime(config), Display(console))
     try:
         if not folder.config_file.is_file():
             folder.create(configs.to_yaml(config))
@@ -79,7 +75,6 @@ def distill(given: Mapping[str, Any], resume: bool, console: Console) -> Path:
         if sentence is None:
             raise
         raise sentence from error
-    return config.folder
 
 
 def resume_hint(config: RunConfig) -> str:
@@ -187,6 +182,18 @@ def prepare_meta_kd(
     models.check_model_folder(model, "model", config.max_length)
     models.check_student_layers(model, config.student_layers)
     return MetaKdPipeline(config, folder, runtime, display, corpora, model).run
+
+
+# What makes a run of each kind of configuration ready.
+PREPARE: dict[type[RunConfig], Callable[..., Callable[[], None]]] = {
+    DistillConfig: prepare_classification,
+    LmConfig: prepare_lm,
+    SwaConfig: prepare_swa,
+    FinetuneConfig: prepare_swa,
+    DiitoConfig: prepare_diito,
+    StarkConfig: prepare_stark,
+    MetaKdConfig: prepare_meta_kd,
+}
 
 
 def check_trained(task: Any) -> None:

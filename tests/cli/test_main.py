@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +75,9 @@ def test_debug_shows_where_a_sentence_comes_from(monkeypatch: pytest.MonkeyPatch
 
 def test_an_interruption_is_130() -> None:
     """A real SIGINT, into a command that has nothing to resume."""
-    done = run_planted(f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})")
+    # A process of a job in the background of a shell ignores the signal.
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    done = run_planted(f"{heeded}; signal.raise_signal(signal.SIGINT)")
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
 

@@ -222,6 +222,6 @@ def test_bad_input_is_one_line_and_leaves_no_run(
 def test_unknown_methods_are_named(command: Command) -> None:
     done = command("--method", "sgd")
     assert done.exit_code == 1
-    assert "distill: method must be one of swa, diito, got 'sgd'" in done.output
+    assert "distill: method must be one of swa, diito, stark, meta-kd, got 'sgd'" in done.output
     done = command("--objective", "swa")
     assert "distill: objective must be asked for by --method, got swa" in done.output

@@ -36,6 +36,13 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     return ["--data", data, "--teacher", teacher, "--student", student]
 
 
+def test_every_example_is_short_and_listed() -> None:
+    listed = set(re.findall(r"^\| `(\w+)\.py` ", (EXAMPLES / "README.md").read_text(), re.M))
+    assert listed == {path.stem for path in EXAMPLES.glob("*.py")}
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 90, path.name
+
+
 def test_plain_loop(classifiers: list[object], tmp_path: Path) -> None:
     out = run("plain_loop.py", *classifiers, cwd=tmp_path)
     found = SCORE.search(out)

@@ -36,12 +36,6 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     return "--model", folder / "model", "--data", folder / "text.txt"
 
 
-def test_every_example_is_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(OPTIONS)
-    for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 90
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_on_a_model_of_ones_own(name: str, own: tuple[object, ...], tmp_path: Path) -> None:
     sizes = ("--layers", 2, *(("--seq-len", 16) if name == "hf_trainer" else ()))
