@@ -314,16 +314,24 @@ class MetaKdPipeline:
         }
         return {**figures, "steps": fitted.steps, "train_seconds": fitted.seconds}
 
-    def _taken(self, source: Path, unit: str) -> dict[str, Any]:
-        """The teacher of another run."""
-        other = RunFolder(source)
-        result, data = other.result(unit), other.result("data")
-        require(other.config_file.is_file(), "teachers", "be the folder of a run", source)
-        stored = configs.from_yaml(other.config_file.read_text(encoding="utf-8"))
+    def check_teachers(self) -> None:
+        """Raises unless the other run that teachers are taken from has been like this one."""
+        if self.config.teachers is None:
+            return
+        source = Path(self.config.teachers)
+        file = RunFolder(source).config_file
+        require(file.is_file(), "teachers", "be the folder of a run", source)
+        stored = configs.from_yaml(file.read_text(encoding="utf-8"))
         for key in TEACHER_KEYS:
             own, theirs = getattr(self.config, key), getattr(stored, key, None)
             option = configs.option_name(key)
             require(own == theirs, "teachers", f"be of a run with {option} {own}", theirs)
+
+    def _taken(self, source: Path, unit: str) -> dict[str, Any]:
+        """The teacher of another run."""
+        self.check_teachers()
+        other = RunFolder(source)
+        result, data = other.result(unit), other.result("data")
         contract = "be the folder of a run with the same data and this teacher"
         same = data is not None and data["sha256"] == self._units.result("data")["sha256"]
         require(same, "teachers", contract, f"other data in {source}")

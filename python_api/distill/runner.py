@@ -181,7 +181,9 @@ def prepare_meta_kd(
     model = fetch.teacher_folder(display.note) if config.model is None else Path(config.model)
     models.check_model_folder(model, "model", config.max_length)
     models.check_student_layers(model, config.student_layers)
-    return MetaKdPipeline(config, folder, runtime, display, corpora, model).run
+    pipeline = MetaKdPipeline(config, folder, runtime, display, corpora, model)
+    pipeline.check_teachers()
+    return pipeline.run
 
 
 # What makes a run of each kind of configuration ready.

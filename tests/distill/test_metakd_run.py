@@ -193,6 +193,7 @@ def test_teachers_of_another_run(
     ):
         done = command(*options, *more, "--name", f"other{number}")
         assert done.exit_code == 1 and message in done.output.replace("\n", " "), done.output
+    assert not Path("runs/other0").exists()
 
 
 def test_examples_of_several_domains() -> None:
