@@ -249,11 +249,15 @@ class StarkPipeline(ArmPipeline):
             model = self._pruned.model
         return self.taught.ready(model.requires_grad_(True))
 
-    def _prune(self) -> SparseTeacher:
-        own = SparseTeacher.score(
+    @cached_property
+    def _own_scores(self) -> TeacherScores:
+        """The teacher's by its own loss, which no student is needed for."""
+        return SparseTeacher.score(
             self._teacher, self._score_batches(), per=self.config.per, lam=1.0
         )
-        pruned = SparseTeacher(copy.deepcopy(self._teacher), own)
+
+    def _prune(self) -> SparseTeacher:
+        pruned = SparseTeacher(copy.deepcopy(self._teacher), self._own_scores)
         pruned.sparsify(self.config.student_level)
         pruned.densify()
         return pruned
@@ -266,8 +270,9 @@ class StarkPipeline(ArmPipeline):
         model = self._teacher if sparse is None else sparse.model
         logits = {"transfer": self.taught.transfer_logits(model)}
         write_file(self._logits_file(cut), lambda path: save_file(logits, path))
+        known = self._units.result(TEACHER) if sparse is None else None
         return {
-            "kept": swa_train.figures(self.taught, model),
+            "kept": known["kept"] if known else swa_train.figures(self.taught, model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "widths": None if sparse is None else sparse.widths,
         }
