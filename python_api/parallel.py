@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdkernels.api import _sites
 from kdkernels.api._averaged import is_sharded, unwrapped
 from kdkernels.api._spec import integer
 from kdkernels.api.vocab_parallel import vocab_parallel_kd_loss, vocab_parallel_linear_kd_loss
@@ -122,11 +123,10 @@ def through_head(head: nn.Module, loss: Callable[..., Any], *inputs: Any) -> Any
         raise ValueError(
             "through_head: head must have the forward of its class, got one that was replaced"
         )
-    module.forward = lambda *xs: loss(*xs, *gathered(module))
-    try:
+    with _sites.replaced(
+        "through_head", module, lambda _: lambda *xs: loss(*xs, *gathered(module))
+    ):
         return head(*inputs)
-    finally:
-        del module.forward
 
 
 def global_valid_count(
