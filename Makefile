@@ -40,8 +40,9 @@ lint: $(VENV)/tools
 	$(BIN)/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-# mypy cannot follow the default editable finder; a strict editable install is a tree of links.
-types: $(VENV)/tools
+# mypy cannot follow the default editable finder; a strict editable install is a tree of links. It
+# needs the packages whose types ours build on: without them it finds other mistakes than with them.
+types: $(VENV)/tools $(VENV)/installed
 	rm -rf build/types && mkdir -p build/types
 	KDKERNELS_NATIVE=off $(PIP) install -q --no-build-isolation --no-deps --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p kdkernels
