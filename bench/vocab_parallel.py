@@ -1,9 +1,9 @@
-"""What rows in plain PyTorch cost the losses over shards of the vocabulary.
+"""What losses over shards of the vocabulary cost beside those of whole rows.
 
     python bench/vocab_parallel.py [--threads 1] [--runs 7]
 
 In a group of one process nothing is exchanged: what differs from ``kd_loss`` and ``linear_kd_loss``
-is the arithmetic of the rows. Forward and backward of forward KL at T = 2 and cross-entropy,
+is that logits are read twice. Forward and backward of forward KL at T = 2 and cross-entropy,
 alternating in one run; medians, and the median of the ratios.
 """
 

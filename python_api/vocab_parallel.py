@@ -15,6 +15,7 @@ from kdkernels.api import functional
 from kdkernels.api._rows import reduce_rows
 from kdkernels.api._shards import Layout, layout_of
 from kdkernels.api._spec import chunk_rows_of, integer, kd_spec
+from kdkernels.ops import kd_shard
 from kdkernels.ops._shared import vocab_shards
 from kdkernels.ops._shared.linear_loss import autocast
 from kdkernels.ops._shared.vocab_rows import Shard
@@ -23,8 +24,9 @@ from kdkernels.ops.linear_kd_loss import plan_chunk_rows
 
 __all__ = ["vocab_parallel_kd_loss", "vocab_parallel_linear_kd_loss"]
 
-# Tensors of the size of a chunk's logits that exist at a time, about.
-_COPIES = 8
+# Tensors of the size of a chunk's logits that exist at a time: of both models, and about what the
+# reference makes of them.
+_COPIES, _COPIES_OF_REFERENCE = 2, 8
 
 
 def vocab_parallel_kd_loss(
@@ -54,10 +56,13 @@ def vocab_parallel_kd_loss(
         labels: ``[...]`` integers of the whole vocabulary, the same on all processes.
         group: the process group; ``None``: that of the DTensors, else the default one.
         shards: how many columns each process of the group has, where they are not equal.
-        chunk_rows: rows that are worked on at a time, each time with an exchange.
-        chunk_bytes: memory for a chunk, instead. Default: as :func:`~kdkernels.linear_kd_loss`.
-        **options: every other keyword of :func:`~kdkernels.kd_loss`, except ``inplace`` and
-            ``backend``. ``vocab_size`` counts the real classes of all shards together.
+        chunk_rows: rows that are worked on at a time, each time with an exchange. Default: all,
+            for the kernels read logits where they are; as :func:`~kdkernels.linear_kd_loss` where
+            these are copied first (float16, of which the gradient is kept in float32) and for
+            ``backend="reference"``.
+        chunk_bytes: memory for a chunk, instead.
+        **options: every other keyword of :func:`~kdkernels.kd_loss`, except ``inplace``.
+            ``vocab_size`` counts the real classes of all shards together.
 
     Returns:
         As :func:`~kdkernels.kd_loss`; the same number, to the bit, on every process.
@@ -70,8 +75,8 @@ def vocab_parallel_kd_loss(
     Note:
         A chunk of rows costs one ``all_gather`` of up to 9 numbers a row and process (6 for forward
         KL and cross-entropy at one temperature), ``jsd`` and ``tvd``, which need the normalisers
-        first, a second one of 2. Nothing is synchronised with the host. Rows are worked on in plain
-        PyTorch, in float32 (float64): no kernel of this library takes normalisers from elsewhere.
+        first, a second one of 2. Nothing is synchronised with the host. Logits are read once for
+        these numbers and once more for the gradient, by the kernels of ``kd_loss``.
         All processes must call it, and its backward pass where ``reduction="none"``, in one order.
         ``create_graph=True`` is refused. Not yet run on a GPU, nor under ``torch.compile``.
 
@@ -93,7 +98,7 @@ def vocab_parallel_kd_loss(
     call = _Call(name, layout, labels, options)
     spec, t2 = call.spec(teacher is not None)
     rows = math.prod(student.shape[:-1])
-    shard = call.shard(student, rows, spec, chunk_rows, chunk_bytes)
+    shard = call.shard(student, teacher, rows, spec, chunk_rows, chunk_bytes)
 
     def arguments(x: Tensor, of_teacher: Tensor | None, *others: Any) -> tuple[Any, ...]:
         if x.shape[1]:  # a process may have no class
@@ -143,8 +148,8 @@ def vocab_parallel_linear_kd_loss(
         group: as in :func:`vocab_parallel_kd_loss`, like every argument that follows.
         shards: sizes of the processes' parts.
         chunk_rows: rows whose logits exist at a time.
-        chunk_bytes: memory for a chunk.
-        **options: every other keyword of :func:`~kdkernels.linear_kd_loss`, except ``backend``.
+        chunk_bytes: memory for a chunk. Default of both: as :func:`~kdkernels.linear_kd_loss`.
+        **options: every other keyword of :func:`~kdkernels.linear_kd_loss`.
 
     Returns:
         As :func:`~kdkernels.linear_kd_loss`; the same number, to the bit, on every process.
@@ -187,7 +192,8 @@ def vocab_parallel_linear_kd_loss(
     call = _Call(name, layout, labels, options)
     spec, t2 = call.spec(teacher is not None)
     rows = math.prod(student.shape[:-1])
-    shard = call.shard(student, rows, spec, chunk_rows, chunk_bytes)
+    # Logits of heads are as wide as sums, whatever the teacher's dtype.
+    shard = call.shard(student, None, rows, spec, chunk_rows, chunk_bytes, from_heads=True)
 
     def arguments(x: Tensor, of_teacher: Tensor | None, *others: Any) -> tuple[Any, ...]:
         weight, teacher_rows, bias, bias_of_teacher = layout.tensors
@@ -218,7 +224,7 @@ class _Call:
         known = {
             key: parameter.default
             for key, parameter in inspect.signature(functional.kd_loss).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and key not in ("inplace", "backend")
+            if parameter.kind is parameter.KEYWORD_ONLY and key != "inplace"
         }
         for key in options:
             if key not in known:
@@ -262,22 +268,30 @@ class _Call:
     def shard(
         self,
         student: Tensor,
+        teacher: Tensor | None,
         rows: int,
         spec: Spec,
         chunk_rows: int | None,
         chunk_bytes: int | None,
+        *,
+        from_heads: bool = False,
     ) -> Shard:
         """The classes that are here, and the chunks, which are those of every process."""
+        backend = kd_shard.choose(self.name, student, teacher, self.options["backend"])
         sizes, rank = self.layout.sizes, self.layout.rank
         classes = sum(sizes) if spec.classes < 0 else spec.classes
         start = sum(sizes[:rank])
         if chunk_rows is not None:
             integer(self.name, "chunk_rows", chunk_rows, 1)
         # Every process must make the same chunks: those of the largest shard.
-        largest = max(*sizes, 1)
+        largest, copies = max(*sizes, 1), _COPIES
+        if backend == "reference":
+            copies = _COPIES_OF_REFERENCE
+        elif not from_heads and student.dtype != torch.float16 and chunk_bytes is None:
+            chunk_rows = chunk_rows or max(rows, 1)
         chunk_rows = chunk_rows_of(
-            self.name, chunk_rows, chunk_bytes, rows, largest, _COPIES
-        ) or plan_chunk_rows(rows, largest, _COPIES)
+            self.name, chunk_rows, chunk_bytes, rows, largest, copies
+        ) or plan_chunk_rows(rows, largest, copies)
         shard = Shard(
             self.layout.group,
             rank,
@@ -286,6 +300,7 @@ class _Call:
             max(0, min(classes - start, sizes[rank])),
             classes,
             chunk_rows,
+            backend,
         )
         self.layout.check_agreement(
             self.name, student.device, [rows, chunk_rows, *self._count(spec), *sizes]

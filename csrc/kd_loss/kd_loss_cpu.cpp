@@ -59,24 +59,11 @@ std::tuple<Tensor, Tensor> run(const Tensor& student,       // [rows, columns]
                                const Tensor* grad, Tensor* row_losses) {
   KdLossCall call{};
   const int64_t valid = open_call(kOp, student, in, numbers, call);
-  const KdLossSpec& spec = call.spec;
   const int64_t rows = student.size(0);
   const bool f64 = student.scalar_type() == ScalarType::Double;
-  ScalarType teacher_dtype = student.scalar_type();
-  if (needs_teacher(spec.divergence)) {
-    STD_TORCH_CHECK(teacher.has_value(), kOp,
-                    ": teacher must be given for this divergence, got None");
-    check_rows(*teacher, kOp, "teacher");
-    STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) >= spec.classes, kOp,
-                    ": teacher must have ", rows, " rows and at least ", spec.classes,
-                    " classes, got [", teacher->size(0), ", ", teacher->size(1), "]");
-    teacher_dtype = teacher->scalar_type();
-    STD_TORCH_CHECK(f64 || teacher_dtype != ScalarType::Double, kOp,
-                    ": teacher must not be float64 unless student is, got float64");
-    call.teacher = static_cast<const char*>(teacher->const_data_ptr());
-    call.teacher_stride = teacher->stride(0);
-    call.teacher_dtype = row_dtype(teacher_dtype);
-  }
+  open_teacher(kOp, student, teacher, call);
+  const ScalarType teacher_dtype =
+      call.teacher == nullptr ? student.scalar_type() : teacher->scalar_type();
   if (grad != nullptr) open_gradient(student, *grad, call);
 
   std::vector<RowTerms> terms(rows);

@@ -30,6 +30,32 @@ struct RowNumbers {
   float ce_weight, kd_weight, z_loss, smoothing;
 };
 
+inline RowNumbers row_numbers(const KdLossSpec& spec) {
+  // Without a divergence there is one softmax, that of CE.
+  const double temperature = spec.divergence == Divergence::kNone ? 1.0 : spec.temperature;
+  const bool want_z = spec.z_loss != 0.0;
+  RowNumbers n{};
+  n.student = logit_rule(spec.student_scale, spec.student_softcap, temperature);
+  n.teacher = logit_rule(spec.teacher_scale, spec.teacher_softcap, temperature);
+  n.heat = temperature == 1.0 || !(spec.needs_ce() || want_z) ? Heat::kSame
+           : temperature == 2.0                               ? Heat::kSquared
+                                                              : Heat::kOther;
+  n.want_ce = spec.needs_ce();
+  n.want_z = want_z;
+  n.temperature = static_cast<float>(temperature);
+  n.beta = static_cast<float>(spec.beta);
+  n.one_minus_beta = 1.0f - n.beta;
+  n.ce_weight = static_cast<float>(spec.ce_weight);
+  n.kd_weight = static_cast<float>(spec.kd_weight);
+  n.z_loss = static_cast<float>(spec.z_loss);
+  n.smoothing = spec.needs_ce() ? static_cast<float>(spec.label_smoothing) : 0.0f;
+  n.want_sums =
+      n.smoothing != 0.0f || spec.divergence == Divergence::kSpike || spec.tail == Tail::kUniform;
+  n.reverse = spec.reverse();
+  n.tail = spec.tail;
+  return n;
+}
+
 // dz/dx where z is not x; 0 for a logit that is -inf.
 __device__ __forceinline__ float slope(const LogitRule& rule, float z) {
   const float y = z * rule.per_softcap;
@@ -363,5 +389,23 @@ struct RowMath {
     }
   }
 };
+
+// Makes what RowMath gives of a vector of z the gradient for the stored logits: takes `label` off
+// the class `labelled`, where it is here, and allows for scale and soft-cap.
+template <int kSize>
+__device__ __forceinline__ void finish_gradient(const RowNumbers& n, int first, int labelled,
+                                                float label, const float (&z)[kSize],
+                                                float (&g)[kSize]) {
+  if (first <= labelled && labelled < first + kSize) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (first + i == labelled) g[i] -= label;
+    }
+  }
+  if (!n.student.plain) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) g[i] *= slope(n.student, z[i]);
+  }
+}
 
 }  // namespace kd

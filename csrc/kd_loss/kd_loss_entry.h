@@ -152,6 +152,25 @@ inline int64_t open_call(const char* op, const Tensor& student, const RowInputs&
   return valid;
 }
 
+// Checks the teacher, where the divergence has one, and fills its part of the call. `student` has
+// been opened.
+inline void open_teacher(const char* op, const Tensor& student, const MaybeTensor& teacher,
+                         KdLossCall& call) {
+  if (!needs_teacher(call.spec.divergence)) return;
+  const int64_t rows = student.size(0);
+  STD_TORCH_CHECK(teacher.has_value(), op, ": teacher must be given for this divergence, got None");
+  check_rows(*teacher, op, "teacher");
+  STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) >= call.spec.classes, op,
+                  ": teacher must have ", rows, " rows and at least ", call.spec.classes,
+                  " classes, got [", teacher->size(0), ", ", teacher->size(1), "]");
+  STD_TORCH_CHECK(
+      student.scalar_type() == ScalarType::Double || teacher->scalar_type() != ScalarType::Double,
+      op, ": teacher must not be float64 unless student is, got float64");
+  call.teacher = static_cast<const char*>(teacher->const_data_ptr());
+  call.teacher_stride = teacher->stride(0);
+  call.teacher_dtype = row_dtype(teacher->scalar_type());
+}
+
 inline void open_gradient(const Tensor& student, const Tensor& grad, KdLossCall& call) {
   call.grad = static_cast<char*>(grad.mutable_data_ptr());
   call.grad_stride = grad.stride(0);

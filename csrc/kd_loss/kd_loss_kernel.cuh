@@ -47,18 +47,6 @@ __device__ __forceinline__ auto open_row(const RowsCall<scalar_t>& call,
   }
 }
 
-// Gives every class of the row the gradient `value`.
-template <typename scalar_t>
-__device__ void fill_gradient(const RowView<scalar_t>& grad, const Walk& walk, float value) {
-  constexpr int kSize = kVectorSize<scalar_t>;
-  float x[kSize];
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) x[i] = value;
-  for (int vector = walk.first; vector < walk.end; vector += blockDim.x) {
-    store_vector(grad, vector * kSize - walk.shift, walk.classes, x);
-  }
-}
-
 // What the sum over rows is multiplied by; a divisor of 0 counts as 1.
 __device__ inline float loss_scale(float divisor) {
   return 1.0f / (divisor == 0.0f ? 1.0f : divisor);
@@ -132,13 +120,9 @@ __global__ void __launch_bounds__(kKdLossMaxThreads, 2)
   }
   const auto open = [&](int first, uint4 raw_student, uint4 raw_teacher, float (&s)[kSize],
                         float (&t)[kSize]) {
-    unpack<scalar_t>(raw_student, s);
-    to_z(n.student, s);
+    open_vector<scalar_t>(n.student, raw_student, s);
     if constexpr (kListed) list.hide(first, s);
-    if constexpr (Math::kTeacher) {
-      unpack<scalar_t>(raw_teacher, t);
-      to_z(n.teacher, t);
-    }
+    if constexpr (Math::kTeacher) open_vector<scalar_t>(n.teacher, raw_teacher, t);
   };
 
   RowStats stats;
@@ -216,16 +200,7 @@ __global__ void __launch_bounds__(kKdLossMaxThreads, 2)
     float s[kSize], t[kSize], g[kSize];
     open(first, raw_student, raw_teacher, s, t);
     math.gradient(n, slopes, s, t, g);
-    if (first <= labelled && labelled < first + kSize) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (first + i == labelled) g[i] -= slopes.label;
-      }
-    }
-    if (!n.student.plain) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) g[i] *= slope(n.student, s[i]);
-    }
+    finish_gradient(n, first, labelled, slopes.label, s, g);
     store_vector(grad, first, call.classes, g);
   });
   if constexpr (kListed) {

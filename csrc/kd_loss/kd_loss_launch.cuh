@@ -11,35 +11,10 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/launch.h"
+#include "kd_loss/kd_loss_check.h"
 #include "kd_loss/kd_loss_kernel.cuh"
 
 namespace kd {
-
-inline RowNumbers row_numbers(const KdLossSpec& spec) {
-  // Without a divergence there is one softmax, that of CE.
-  const double temperature = spec.divergence == Divergence::kNone ? 1.0 : spec.temperature;
-  const bool want_z = spec.z_loss != 0.0;
-  RowNumbers n{};
-  n.student = logit_rule(spec.student_scale, spec.student_softcap, temperature);
-  n.teacher = logit_rule(spec.teacher_scale, spec.teacher_softcap, temperature);
-  n.heat = temperature == 1.0 || !(spec.needs_ce() || want_z) ? Heat::kSame
-           : temperature == 2.0                               ? Heat::kSquared
-                                                              : Heat::kOther;
-  n.want_ce = spec.needs_ce();
-  n.want_z = want_z;
-  n.temperature = static_cast<float>(temperature);
-  n.beta = static_cast<float>(spec.beta);
-  n.one_minus_beta = 1.0f - n.beta;
-  n.ce_weight = static_cast<float>(spec.ce_weight);
-  n.kd_weight = static_cast<float>(spec.kd_weight);
-  n.z_loss = static_cast<float>(spec.z_loss);
-  n.smoothing = spec.needs_ce() ? static_cast<float>(spec.label_smoothing) : 0.0f;
-  n.want_sums =
-      n.smoothing != 0.0f || spec.divergence == Divergence::kSpike || spec.tail == Tail::kUniform;
-  n.reverse = spec.reverse();
-  n.tail = spec.tail;
-  return n;
-}
 
 struct Inputs {
   const char* op;
@@ -72,7 +47,6 @@ inline void check_list(const Inputs& in) {
 
 inline void check_inputs(const Inputs& in) {
   const char* op = in.op;
-  constexpr int64_t kMostColumns = int64_t{1} << 30;  // columns are counted in 32 bits
   const int64_t rows = in.student.size(0), columns = in.student.size(1);
   STD_TORCH_CHECK(1 <= in.spec.classes && in.spec.classes <= columns && columns < kMostColumns, op,
                   ": student must have at least ", in.spec.classes, " and below ", kMostColumns,
@@ -88,16 +62,7 @@ inline void check_inputs(const Inputs& in) {
         static_cast<int>(in.denominator->scalar_type()));
   }
   if (in.topk_ids.has_value()) return check_list(in);
-  if (!needs_teacher(in.spec.divergence)) return;
-  STD_TORCH_CHECK(in.teacher.has_value(), op,
-                  ": teacher must be given for this divergence, got None");
-  check_rows(*in.teacher, op, "teacher");
-  STD_TORCH_CHECK(in.teacher->size(0) == rows && in.teacher->size(1) >= in.spec.classes, op,
-                  ": teacher must be [", rows, ", at least ", in.spec.classes, "], got [",
-                  in.teacher->size(0), ", ", in.teacher->size(1), "]");
-  STD_TORCH_CHECK(in.teacher->scalar_type() == in.student.scalar_type(), op,
-                  ": teacher must have the dtype of student, got dtype ",
-                  static_cast<int>(in.teacher->scalar_type()));
+  check_teacher(op, in.student, in.teacher, in.spec);
 }
 
 // Fills rows and row_parts, and grad where there is one.

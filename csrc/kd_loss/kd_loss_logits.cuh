@@ -25,6 +25,26 @@ struct Walk {
   }
 };
 
+// A vector of stored logits as z.
+template <typename scalar_t>
+__device__ __forceinline__ void open_vector(const LogitRule& rule, uint4 raw,
+                                            float (&z)[kVectorSize<scalar_t>]) {
+  unpack<scalar_t>(raw, z);
+  to_z(rule, z);
+}
+
+// Gives every class of the row the gradient `value`.
+template <typename scalar_t>
+__device__ void fill_gradient(const RowView<scalar_t>& grad, const Walk& walk, float value) {
+  constexpr int kSize = kVectorSize<scalar_t>;
+  float x[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) x[i] = value;
+  for (int vector = walk.first; vector < walk.end; vector += blockDim.x) {
+    store_vector(grad, vector * kSize - walk.shift, walk.classes, x);
+  }
+}
+
 // Walks in global memory: a block loads the vector after next while it computes.
 template <typename scalar_t, bool kTeacher>
 struct LoopedLogits {

@@ -9,6 +9,7 @@
 namespace kd {
 
 constexpr int kKdLossMaxThreads = 384;
+constexpr int kKdLossOnePassThreads = 256;  // at most, where a row is read once
 // Bytes of what a row is reduced to (asserted by the kernel).
 constexpr int kKdLossStatsBytes = 32;
 constexpr int kKdLossSumsBytes = 16;
@@ -72,46 +73,52 @@ inline int reduce_bytes(int threads, int ranks, bool listed) {
          (kKdLossStatsBytes + kKdLossSumsBytes + (listed ? kKdLossListBytes : 0));
 }
 
-}  // namespace plan_detail
-
-inline KdLossPlan plan_kd_loss(const KdLossProblem& problem, const KdLossDevice& device) {
-  using namespace plan_detail;
+// The plan in which `ranks` blocks share a row. The bytes of shared memory may be more than a plan
+// holds.
+inline KdLossPlan lay_out(const KdLossProblem& problem, bool on_chip, int ranks, int most_threads,
+                          int64_t* bytes) {
   const int per_vector = kBytes / problem.element_size;
   const int models = needs_teacher(problem.divergence) ? 2 : 1;
   const bool listed = is_listed(problem.divergence);
   // A row that starts off the boundary may touch one vector more.
   const int64_t slack = problem.aligned ? per_vector - 1 : 2 * (per_vector - 1);
   const int64_t vectors = (problem.classes + slack) / per_vector;
-
+  const int64_t a_rank = (vectors + ranks - 1) / ranks;
   KdLossPlan plan{};
+  plan.on_chip = on_chip;
+  plan.cluster = ranks;
   plan.vectors = static_cast<int>(vectors);
-  const auto lay_out = [&](bool on_chip, int ranks, int most_threads) {
-    const int64_t a_rank = (vectors + ranks - 1) / ranks;
-    plan.on_chip = on_chip;
-    plan.cluster = ranks;
-    plan.vectors_a_rank = static_cast<int>(a_rank);
-    plan.threads = threads_for(a_rank, most_threads);
-    int64_t bytes = reduce_bytes(plan.threads, ranks, listed);
-    if (listed) bytes += list_space_bytes(problem.entries, static_cast<int>(a_rank * per_vector));
-    if (on_chip) bytes += a_rank * models * kBytes;
-    plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
-    return bytes;
-  };
-
-  // One pass over the logits needs no place to keep them.
-  const bool again = problem.want_grad || has_middle_pass(problem.divergence);
-  if (again) {
-    // The smallest cluster with which three blocks share an SM: one loads while one computes and
-    // one stores. Failing that the largest cluster, as long as a block fits at all.
-    const int64_t third = (device.shared_per_block + kReservedBytes) / 3 - kReservedBytes;
-    const int most_ranks = device.major >= 9 ? 8 : 1;
-    for (int ranks = 1; ranks <= most_ranks; ranks *= 2) {
-      if (lay_out(true, ranks, kFewThreads) <= third) return plan;
-    }
-    if (lay_out(true, most_ranks, kManyThreads) <= device.shared_per_block) return plan;
-  }
-  lay_out(false, 1, kFewThreads);
+  plan.vectors_a_rank = static_cast<int>(a_rank);
+  plan.threads = threads_for(a_rank, most_threads);
+  *bytes = reduce_bytes(plan.threads, ranks, listed);
+  if (listed) *bytes += list_space_bytes(problem.entries, static_cast<int>(a_rank * per_vector));
+  if (on_chip) *bytes += a_rank * models * kBytes;
+  plan.shared_bytes = static_cast<int>(std::min<int64_t>(*bytes, INT32_MAX));
   return plan;
+}
+
+}  // namespace plan_detail
+
+// One pass over the logits needs no place to keep them.
+inline KdLossPlan plan_one_pass(const KdLossProblem& problem) {
+  int64_t bytes = 0;
+  return plan_detail::lay_out(problem, false, 1, kKdLossOnePassThreads, &bytes);
+}
+
+inline KdLossPlan plan_kd_loss(const KdLossProblem& problem, const KdLossDevice& device) {
+  using namespace plan_detail;
+  if (!problem.want_grad && !has_middle_pass(problem.divergence)) return plan_one_pass(problem);
+  int64_t bytes = 0;
+  // The smallest cluster with which three blocks share an SM: one loads while one computes and
+  // one stores. Failing that the largest cluster, as long as a block fits at all.
+  const int64_t third = (device.shared_per_block + kReservedBytes) / 3 - kReservedBytes;
+  const int most_ranks = device.major >= 9 ? 8 : 1;
+  for (int ranks = 1; ranks <= most_ranks; ranks *= 2) {
+    const KdLossPlan plan = lay_out(problem, true, ranks, kFewThreads, &bytes);
+    if (bytes <= third) return plan;
+  }
+  const KdLossPlan plan = lay_out(problem, true, most_ranks, kManyThreads, &bytes);
+  return bytes <= device.shared_per_block ? plan : plan_one_pass(problem);
 }
 
 }  // namespace kd

@@ -1,5 +1,6 @@
 // One row of kd_loss on vectors; compiled once per instruction set by common/for_each_isa.h, for
-// kd_loss and, with a list in the place of the teacher's logits, for topk_kd_loss.
+// kd_loss, with a list in the place of the teacher's logits for topk_kd_loss, and in steps for
+// kd_shard, where a process has some of the classes.
 //
 // Pass 1 reads both rows once, in blocks that stay in the first-level cache: the running maximum is
 // raised to the block's, then exponentials relative to it are summed and kept in scratch, which
@@ -30,13 +31,7 @@ class Row {
   }
 
   RowTerms run(int64_t row) {
-    student_ = call_.student + row * call_.student_stride * bytes_of(call_.student_dtype);
-    if (kHasTeacher<D>) {
-      teacher_ = call_.teacher + row * call_.teacher_stride * bytes_of(call_.teacher_dtype);
-    }
-    label_ = spec_.needs_labels() ? call_.labels[row] : -1;
-    sums_ = Sums{};
-    if constexpr (is_listed(D)) list_.open(row);
+    open(row);
     if (call_.grad != nullptr || kTwoStage<D>) {
       read<true>();
     } else {
@@ -45,13 +40,22 @@ class Row {
     const RowTerms terms = finish();
     if (call_.grad != nullptr) {
       const double weight = call_.row_weights == nullptr ? 1.0 : call_.row_weights[row];
-      write(call_.grad + row * call_.grad_stride * bytes_of(call_.student_dtype),
-            weight * call_.scale);
+      write(row, weight * call_.scale);
     }
     return terms;
   }
 
- private:
+ protected:
+  void open(int64_t row) {
+    student_ = call_.student + row * call_.student_stride * bytes_of(call_.student_dtype);
+    if (kHasTeacher<D>) {
+      teacher_ = call_.teacher + row * call_.teacher_stride * bytes_of(call_.teacher_dtype);
+    }
+    label_ = spec_.needs_labels() ? call_.labels[row] : -1;
+    sums_ = Sums{};
+    if constexpr (is_listed(D)) list_.open(row);
+  }
+
   int length(int64_t block) const {
     return static_cast<int>(std::min<int64_t>(kBlock, spec_.classes - block * kBlock));
   }
@@ -102,6 +106,7 @@ class Row {
       list_.template meet<M>(sums_, inv_t_);
     }
     if (M == Softmax::kShared) sums_.student_ce = sums_.student;
+    some_masked_ = smooth_ && sums_.live != spec_.classes;
   }
 
   void raise_student(float block_max) {
@@ -217,7 +222,8 @@ class Row {
   }
 
   // Pass 2: the gradient of the row times `weight`, chained through scale and soft-cap.
-  void write(char* grad, double weight) {
+  void write(int64_t row, double weight) {
+    char* grad = call_.grad + row * call_.grad_stride * bytes_of(call_.student_dtype);
     const double outer = weight * spec_.student_scale;
     double divergence = outer * spec_.kd_weight * inv_t_;
     double at_label = 0.0, uniform = 0.0;
@@ -275,7 +281,7 @@ class Row {
     slope_of_block<D, M>(keep_.a + at, keep_.b + at, keep_.c + at, n, slope, student_factor(block),
                          ce_factor(block), kHasTeacher<D> ? teacher_factor(block) : 0.0f, out);
     alignas(64) float buffer[kBlock];
-    if (smooth_ && sums_.live != spec_.classes) {
+    if (some_masked_) {
       // Masked classes take no share of the smoothing.
       const float* s = student_block(block, buffer);
       for (int i = 0; i < n; i += kLanes) {
@@ -305,7 +311,7 @@ class Row {
   const LoadBlock load_student_, load_teacher_;
   const StoreBlock store_grad_;
   Blocks keep_;
-  bool smooth_;
+  bool smooth_, some_masked_ = false;
   const char* student_ = nullptr;
   const char* teacher_ = nullptr;
   int64_t label_;
@@ -332,17 +338,25 @@ static void run_rows(const KdLossCall& call, int64_t begin, int64_t end, float* 
   if (call.stream) stream_fence();
 }
 
+// How a call's rows get the softmax of CE.
+template <Divergence D>
+static Softmax softmax_of(const KdLossSpec& spec) {
+  const bool needs_ce = spec.needs_ce() || spec.z_loss != 0.0;
+  if (D == Divergence::kNone || !needs_ce || spec.temperature == 1.0) return Softmax::kShared;
+  return spec.temperature == 2.0 ? Softmax::kSquare : Softmax::kSeparate;
+}
+
 template <Divergence D>
 static void with_softmax(const KdLossCall& call, int64_t begin, int64_t end, float* scratch,
                          RowTerms* terms) {
-  const bool needs_ce = call.spec.needs_ce() || call.spec.z_loss != 0.0;
-  if (D == Divergence::kNone || !needs_ce || call.spec.temperature == 1.0) {
-    return run_rows<D, Softmax::kShared>(call, begin, end, scratch, terms);
+  switch (softmax_of<D>(call.spec)) {
+    case Softmax::kShared:
+      return run_rows<D, Softmax::kShared>(call, begin, end, scratch, terms);
+    case Softmax::kSquare:
+      return run_rows<D, Softmax::kSquare>(call, begin, end, scratch, terms);
+    case Softmax::kSeparate:
+      return run_rows<D, Softmax::kSeparate>(call, begin, end, scratch, terms);
   }
-  if (call.spec.temperature == 2.0) {
-    return run_rows<D, Softmax::kSquare>(call, begin, end, scratch, terms);
-  }
-  return run_rows<D, Softmax::kSeparate>(call, begin, end, scratch, terms);
 }
 
 }  // namespace kd::KD_ISA

@@ -338,7 +338,8 @@ def refusals() -> None:
     rank, world = rank_and_world()
     x, labels = torch.randn(4, 5), torch.zeros(4).long()
     loss, linear = vocab_parallel_kd_loss, vocab_parallel_linear_kd_loss
-    refused(loss, "backend must be one of temperature", x, x, labels, backend="native")
+    refused(loss, "inplace must be one of temperature", x, x, labels, inplace=True)
+    refused(loss, "backend must be one of native", x, x, labels, backend="none")
     refused(loss, f"shards must be {world} sizes", x, x, labels, shards=[5])
     refused(loss, "must have the 6 classes of process", x, x, labels, shards=[6] * world)
     refused(loss, "teacher_logits must have the 5 classes", x, torch.randn(4, 6), labels)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdkernels.ops._shared.chunks import Call, Head, Teacher, accumulate, forward, gradients, kept
 from kdkernels.ops._shared.vocab_rows import Chunk, Shard
 from kdkernels.ops.kd_loss.spec import Spec
+from kdkernels.ops.scale_grad.op import scale_grad
 
 
 class _ShardOfHead(Head):
@@ -35,7 +36,8 @@ def _on_rows(shard: Shard, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _on_rows_grad(shard: Shard, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     chunk = Chunk(shard, *args)
-    return (*chunk.results()[:2], chunk.gradient())
+    chunk.gradient_(chunk.student)
+    return (*chunk.results()[:2], chunk.student)
 
 
 # Of a call: what its operators take, and loss, parts, rows and the wanted gradients.
@@ -77,10 +79,6 @@ def _from_heads(
     return loss, parts, loss, [g if w else None for g, w in zip(grads, wanted, strict=True)]
 
 
-def _copied(x: Tensor, rows: slice, shard: Shard) -> Tensor:
-    return x[rows, : shard.size].to(accumulate(x.dtype), copy=True)
-
-
 def _from_logits(
     student: Tensor, others: Tensors, spec: Spec, shard: Shard, wanted: list[bool]
 ) -> Result:
@@ -93,7 +91,8 @@ def _from_logits(
     loss, parts = student.new_zeros((), dtype=dtype), student.new_zeros((4,), dtype=dtype)
     per_row = student.new_zeros((rows,), dtype=dtype)
     grad = None
-    if wanted[0]:
+    whole = student.shape[1] == shard.size and 0 < rows <= shard.chunk_rows
+    if wanted[0] and not (whole and kept(student.dtype) == student.dtype):
         # Padding keeps its zeros.
         grad = student.new_zeros(student.shape, dtype=kept(student.dtype))
 
@@ -101,23 +100,22 @@ def _from_logits(
         piece = slice(begin, begin + shard.chunk_rows)
         own_labels = None if labels is None else labels[piece]
         weights = None if row_weights is None else row_weights[piece]
-        of_teacher = _copied(teacher, piece, shard) if spec.needs_teacher else None
-        chunk = Chunk(
-            shard,
-            _copied(student, piece, shard),
-            of_teacher,
-            own_labels,
-            weights,
-            denominator,
-            spec,
-        )
+        own = student[piece, : shard.size]
+        if grad is not None and grad.dtype != student.dtype:
+            # float16, of which the gradient is kept wider: it takes the place of wider logits.
+            own = grad[piece, : shard.size].copy_(own)
+        of_teacher = teacher[piece, : shard.size] if spec.needs_teacher else None
+        if of_teacher is not None and own.dtype != student.dtype:
+            of_teacher = of_teacher.to(own.dtype)  # a GPU's kernel takes both models in one dtype
+        chunk = Chunk(shard, own, of_teacher, own_labels, weights, denominator, spec)
         found = chunk.results()
         loss += found[0]
         parts += found[1]
         per_row[piece] = found[2]
         if grad is not None:
-            grad[piece, : shard.size] = chunk.gradient()
-        del chunk, of_teacher, found  # before the next chunk's take their place
+            chunk.gradient_(grad[piece, : shard.size])
+        elif wanted[0]:
+            return *found, [chunk.gradient(), None, None]
     return loss, parts, per_row, [grad, None, None]
 
 
@@ -142,6 +140,12 @@ def _refuse_create_graph() -> None:
         )
 
 
+def _scaled(grad: Tensor, by: Tensor, backend: str) -> Tensor:
+    if backend == "reference" or grad.numel() == 0:
+        return grad * by
+    return scale_grad(grad, by, backend=backend)
+
+
 class _Reduced(torch.autograd.Function):
     """The gradients are computed in the forward pass and wait for their upstream factor."""
 
@@ -158,6 +162,7 @@ class _Reduced(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         loss, parts, _, grads = _run(student, weight, bias, others, spec, shard, wanted)
         ctx.save_for_backward(*grads)
+        ctx.backend = shard.backend
         ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias)]
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
@@ -169,7 +174,7 @@ class _Reduced(torch.autograd.Function):
             return (None,) * 6
         _refuse_create_graph()
         found = (
-            None if g is None else (g * grad_loss).to(dtype)
+            None if g is None else _scaled(g, grad_loss, ctx.backend).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *found, None, None, None

@@ -28,7 +28,7 @@ def kd_loss_reference(
         t = None
         if teacher is not None:
             scale, cap = spec.teacher_scale, spec.teacher_softcap
-            t = _logits(teacher, valid, z.shape[1], scale, cap, z.dtype)
+            t = capped_logits(teacher, valid, z.shape[1], scale, cap, z.dtype)
         return _divergence(z, t, z > -torch.inf, labels, valid, spec)
 
     return reduced_rows(student, labels, row_weights, denominator, spec, divergence)
@@ -46,7 +46,7 @@ def reduced_rows(
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     valid = _valid_rows(student, labels, spec)
     classes = spec.classes if spec.classes >= 0 else student.shape[1]
-    z = _logits(student, valid, classes, spec.student_scale, spec.student_softcap, dtype)
+    z = capped_logits(student, valid, classes, spec.student_scale, spec.student_softcap, dtype)
     log_p = z.log_softmax(1)
     live = z > -torch.inf
 
@@ -90,7 +90,7 @@ def _valid_rows(student: Tensor, labels: Tensor | None, spec: Spec) -> Tensor:
     return labels != spec.ignore_index
 
 
-def _logits(
+def capped_logits(
     x: Tensor, valid: Tensor, classes: int, scale: float, softcap: float, dtype: torch.dtype
 ) -> Tensor:
     # An ignored row may hold anything, also NaN.

@@ -47,14 +47,14 @@ def _logits(row_ptr, cols, classes, scale, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _student(row, cols, s, F: tl.constexpr):
     """The student's logits; -inf for the classes of a sparse teacher's list."""
-    z = _any_student(row, cols, s, F)
+    z = any_student(row, cols, s, F)
     if F.listed:
         z = tl.where(unlisted(row[3], cols, cols < row[2]), z, -_INF)
     return z
 
 
 @triton.jit
-def _any_student(row, cols, s, F: tl.constexpr):
+def any_student(row, cols, s, F: tl.constexpr):
     return _logits(row[0], cols, row[2], s.student_scale, s.student_softcap, F.student_cap)
 
 
@@ -80,7 +80,7 @@ def _rescale(dot, shift, mass, keep):
 
 
 @triton.jit
-def _statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
+def statistics(row, s, F: tl.constexpr, BLOCK: tl.constexpr):
     """Pass 1. Everything is kept relative to the running maxima, so that neither a large offset
     of the logits nor one between the two models costs digits.
     """
@@ -164,7 +164,7 @@ def _sign(x):
 
 
 @triton.jit
-def _compare(row, part, s, F: tl.constexpr, BLOCK: tl.constexpr):
+def compare(row, part, s, F: tl.constexpr, BLOCK: tl.constexpr):
     """The middle pass of JSD and TVD: the divergence and the mean of its derivative over the
     student's distribution, which the gradient is relative to.
     """
@@ -250,7 +250,7 @@ def _kd_slope(z, t, p_s, p_t, cols, label, part, live, mean, tail, s, F: tl.cons
 
 
 @triton.jit
-def _gradient(
+def gradient(
     row,
     grad_row,
     columns,
@@ -318,13 +318,13 @@ def _valid_row(
     row, grad_row, columns, label, weight, scale, entries, s, F: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Loss and terms of one row; writes its gradient unless ``grad_row`` is None."""
-    part, expect = _statistics(row, s, F, BLOCK)
+    part, expect = statistics(row, s, F, BLOCK)
     factor = weight * scale
     ce, divergence, mean, square = 0.0, 0.0, 0.0, 0.0
     tail = (0.0, 0.0, 0.0)
     if F.listed:
         cols, log_p = entries
-        z = _any_student(row, tl.maximum(cols, 0), s, F)
+        z = any_student(row, tl.maximum(cols, 0), s, F)
         kept = cols >= 0
         part, expect, divergence, listed, tail = meet_list(
             z, log_p, kept, part, expect, row[2], s, F
@@ -337,7 +337,7 @@ def _valid_row(
     z_label = 0.0
     if F.needs_labels:
         inside = (label >= 0) & (label < row[2])
-        z_label = _any_student(row, tl.where(inside, label, 0), s, F)
+        z_label = any_student(row, tl.where(inside, label, 0), s, F)
         z_label = tl.where(inside, z_label, float("nan"))
         factor = tl.where(inside, factor, float("nan"))
     if F.needs_ce:
@@ -346,13 +346,13 @@ def _valid_row(
             uniform = log_1 - expect[1] / live
             ce = (1.0 - s.label_smoothing) * ce + s.label_smoothing * uniform
     if F.divergence == _JSD or F.divergence == _TVD:
-        divergence, mean = _compare(row, part, s, F, BLOCK)
+        divergence, mean = compare(row, part, s, F, BLOCK)
     elif F.divergence != 0 and not F.listed:
         divergence, mean = _divergence(part, expect, z_label, s, F)
     if F.needs_z:
         square = (max_s + log_1) * (max_s + log_1)
     if grad_row is not None:
-        _gradient(row, grad_row, columns, label, factor, part, live, mean, tail, s, F, BLOCK)
+        gradient(row, grad_row, columns, label, factor, part, live, mean, tail, s, F, BLOCK)
         if F.listed:
             _listed_gradient(listed, cols, grad_row, label, factor, part, live, s, F)
     # An infinite term without a weight is no NaN.
