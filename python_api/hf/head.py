@@ -136,7 +136,9 @@ def one_column(value: Tensor, hidden: Tensor) -> Tensor:
 def check_logits(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any], who: str) -> None:
     """Raises unless the model makes of its head's output what its configuration says.
 
-    A forward pass in evaluation mode in which the head answers with known numbers.
+    A forward pass in which the head answers with known numbers: in evaluation mode, but for models
+    in training whose layers are quantised. On CPUs those of bitsandbytes turn into layers without a
+    gradient in an evaluation without one, and stay so, in silence (0.50).
 
     Raises:
         ValueError: it makes something else of it.
@@ -144,14 +146,19 @@ def check_logits(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any], w
     scale, softcap = logit_options(model)
     ramp = torch.linspace(*RAMP)
     inner, training = unwrapped(model), model.training
+    keeps_mode = bool(getattr(core(model), "is_quantized", False))
     refused = ValueError(
         f"{NAME}: {who} must scale by {scale} and cap by {softcap} what its head gives, as its "
         f"configuration says, got {type(core(model)).__name__}, which makes something else of it; "
         "use route='logits'"
     )
-    inner.eval()
+    inner.train(training and keeps_mode)
+    on_gpus = {p.device for p in inner.parameters() if p.is_cuda}
     try:
-        with answering(head, partial(_ramp, ramp), who):
+        with (
+            torch.random.fork_rng(on_gpus, enabled=training and keeps_mode),
+            answering(head, partial(_ramp, ramp), who),
+        ):
             outputs = inner(**inputs)
     except RuntimeError as error:
         if "size of tensor" in str(error):  # a bias of its own, of the vocabulary's size
