@@ -188,6 +188,27 @@ def scores_of(model: Any, architecture: str, seed: int = 3) -> TeacherScores:
     return TeacherScores({"heads": drawn(units(architecture)), "neurons": drawn(NEURONS)}, lam=1.0)
 
 
+@pytest.mark.parametrize(("narrow", "tokens"), [(True, 128), (True, 129), (False, 128)])
+def test_short_texts_in_16_bits_are_read_without_the_flash_kernel(
+    narrow: bool, tokens: int
+) -> None:
+    """Its backward pass is slow on a CPU; the student, which has none, keeps it."""
+    teacher, student = (made("Bert", seed=seed).float() for seed in (0, 1))
+    flash: list[bool] = []
+    for model in (teacher, student):
+        model.register_forward_pre_hook(
+            lambda *_: flash.append(torch.backends.cuda.flash_sdp_enabled())
+        )
+    batch = {"input_ids": torch.randint(VOCAB, (2, tokens)), "labels": torch.tensor([0, 2])}
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        found = SparseTeacher.score(teacher, [batch], student=student)
+    assert flash == [not (narrow and tokens == 128), True]
+    exact = SparseTeacher.score(teacher.double(), [batch], student=student.double())
+    for kind in ("heads", "neurons"):
+        mine, wide = (torch.cat(list(x.expressiveness[kind])) for x in (found, exact))
+        assert F.cosine_similarity(mine, wide, dim=0) > 0.99
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_order_of_units_changes_nothing(architecture: str) -> None:
     model, batch = made(architecture), batches()[0]
