@@ -78,7 +78,8 @@ def vocab_parallel_kd_loss(
         first, a second one of 2. Nothing is synchronised with the host. Logits are read once for
         these numbers and once more for the gradient, by the kernels of ``kd_loss``.
         All processes must call it, and its backward pass where ``reduction="none"``, in one order.
-        ``create_graph=True`` is refused. Not yet run on a GPU, nor under ``torch.compile``.
+        ``create_graph=True`` is refused. Under ``torch.compile`` a call is one graph, its exchanges
+        included. Not yet run on a GPU.
 
     Example:
         >>> import kdkernels, torch

@@ -223,6 +223,37 @@ def autocast() -> None:
         assert ((x.grad - part_of(whole.grad)).abs() <= bound).all()  # type: ignore[operator]
 
 
+def compiled() -> None:
+    """One graph, exchanges included, that gives what eager calls do."""
+    rank, world = rank_and_world()
+    sizes, d = sizes_of(world), data(torch.float32)
+    options: dict[str, Any] = {"shards": sizes, "temperature": 2.0}
+    logits = cut(d["student"], sizes, rank, 1).requires_grad_()
+    heads = d["hidden"].requires_grad_(), cut(d["head"], sizes, rank).requires_grad_()
+    calls: list[tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]] = [
+        (vocab_parallel_kd_loss, (logits,), (cut(d["teacher"], sizes, rank, 1),)),
+        (
+            vocab_parallel_linear_kd_loss,
+            heads,
+            (d["teacher_hidden"], cut(d["teacher_head"], sizes, rank)),
+        ),
+    ]
+    for function, leaves, teacher in calls:
+        for divergence in ("forward_kl", "jsd"):
+
+            def step(*args: Tensor, function: Any = function, kind: str = divergence) -> Tensor:
+                return function(*args, d["labels"], divergence=kind, **options)
+
+            expected = step(*leaves, *teacher)
+            torch._dynamo.reset()
+            loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, *teacher)
+            torch.testing.assert_close(loss, expected)
+            for x, y in zip(
+                *(torch.autograd.grad(x, leaves) for x in (loss, expected)), strict=True
+            ):
+                torch.testing.assert_close(x, y)
+
+
 def corners() -> None:
     """Equal models, a mass that is all elsewhere, infinite losses, no valid row, no row."""
     rank, world = rank_and_world()
@@ -370,7 +401,7 @@ def refusals() -> None:
 
 def main() -> None:
     numbers = like_one_process, cross_entropy_alone, autocast, corners, logits_as_dtensors
-    for case in (*numbers, memory_and_exchange, refusals):
+    for case in (*numbers, compiled, memory_and_exchange, refusals):
         print(case.__name__, flush=True)
         case()
 

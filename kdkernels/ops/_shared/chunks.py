@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels._op import is_compiling
 from kdkernels.ops.kd_loss.spec import Spec
 
 # Rows of a 16-bit head that are worked on at a time: as float32 they take 12 MB at width 768.
 _HEAD_BLOCK = {"cpu": 4096, "cuda": 16384}
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -35,10 +37,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear``, by oneDNN where it would be MKL.
 
     MKL packs the head anew for each chunk: 79 ms at 256 x 32000 x 768 float32, oneDNN 61 (2 cores,
-    Zen 4). The operator is the one that torch.compile uses.
+    Zen 4). The operator is the one that torch.compile uses, which chooses for itself.
     """
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] > 0
-    if onednn and torch.backends.mkldnn.is_available():
+    onednn = _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] > 0
+    if onednn and not is_compiling():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(x, weight, bias)
@@ -107,7 +109,9 @@ class Head:
 
 
 class _Rows:
-    """The rows of a call, chunk by chunk; on the CPU without those that are not valid."""
+    """The rows of a call, chunk by chunk; on the CPU without those that are not valid, except where
+    a graph is traced, which must not depend on their number.
+    """
 
     def __init__(self, student: Tensor, valid: Tensor | None, size: int) -> None:
         self.count = student.shape[0]
@@ -116,12 +120,16 @@ class _Rows:
         self._ignored: Tensor | None = None
         if valid is None:
             return
-        if valid.device.type == "cpu":
+        if valid.device.type == "cpu" and not is_compiling():
             index = torch.nonzero(valid).squeeze(1)
             if index.numel() < self.count:
                 self._index, self.count = index, index.numel()
         else:
             self._ignored = ~valid
+
+    def number(self, valid: Tensor | None) -> Tensor | int:
+        """Of the rows that are valid."""
+        return self.count if valid is None or self._ignored is None else valid.sum()
 
     def chunks(self) -> Iterator[slice]:
         """At least one, so that there is a loss without rows."""
@@ -208,9 +216,7 @@ class Call:
         self.per_row, self.spec, self.parts = per_row, spec, parts
         self.denominator = denominator
         if denominator is None and spec.mean:
-            self.denominator = student.new_full((), self.rows.count, dtype=head.dtype)
-            if valid is not None and valid.device.type != "cpu":
-                self.denominator = valid.sum().to(head.dtype)
+            self.denominator = student.new_full((), 1.0, dtype=head.dtype) * self.rows.number(valid)
 
     def open(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """The student's hidden states and logits, and what the kernel takes beside them."""
