@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kdkernels
 from kdkernels._op import Primitive
 from kdkernels.bench import rivals
 from kdkernels.bench.accuracy import Check, compare
 from kdkernels.bench.cases import Inputs, Run, Setting, TritonCall
+from kdkernels.bench.cases.kd_loss import CASE as WHOLE
+from kdkernels.bench.cases.kd_loss import SPREAD
 from kdkernels.bench.sharded import chunks_of
 from kdkernels.ops._shared import vocab_shards
 from kdkernels.ops._shared.vocab_rows import Chunk, Shard
@@ -33,7 +34,6 @@ SHAPES = {
     "cpu": [(512, 32000), (256, 128256)],
     "cuda": [(4096, 32000), (4096, 128256)],
 }
-SPREAD = 2.0  # standard deviation of the logits
 KINDS = [d for d in Divergence if Divergence.FORWARD_KL <= d <= Divergence.TVD]
 
 
@@ -70,14 +70,8 @@ class KDShardCase:
         return SHAPES[device]
 
     def inputs(self, setting: Setting, shape: tuple[int, int]) -> Inputs:
-        """Student and teacher logits and labels, every row valid."""
-        rows, columns = shape
-        student, teacher = (
-            torch.randn(shape, device=setting.device).mul_(SPREAD).to(setting.dtype)
-            for _ in range(2)
-        )
-        labels = torch.randint(columns, (rows,), device=setting.device)
-        return student.requires_grad_(), teacher, labels
+        """Those of ``kd_loss``."""
+        return WHOLE.inputs(setting, shape)
 
     def ours(self, setting: Setting, backend: str) -> Run:
         """What ``vocab_parallel_kd_loss`` runs, in a group of one: nothing is sent."""
@@ -103,20 +97,7 @@ class KDShardCase:
             return f"{name} has no {setting.divergence}"
         if name == "eager":
             return rivals.eager(setting.divergence, setting.temperature)
-
-        def whole(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-            result: Tensor = kdkernels.kd_loss(
-                student,
-                teacher,
-                labels,
-                temperature=setting.temperature,
-                alpha=rivals.ALPHA,
-                divergence=setting.divergence,
-                beta=rivals.BETA,
-            )
-            return result
-
-        return whole
+        return WHOLE.ours(setting, "native")
 
     def traffic(self, mode: str) -> int:
         """Both rows are read before what is found is sent, and after; the gradient is written."""
