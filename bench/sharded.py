@@ -43,12 +43,11 @@ def chunks_of(
     one depends on what was heard in those before.
     """
     conversation: Any = Conversation()
-    runs = 0
+    runs, total = 0, sum(sizes)
     while runs <= conversation.exchanges():
         runs += 1
         chunks, start = [], 0
         for rank, size in enumerate(sizes):
-            total = sum(sizes)
             shard = LocalShard(
                 conversation, rank, len(sizes), start, size, total, max(rows, 1), backend
             )
