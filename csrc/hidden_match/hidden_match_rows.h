@@ -84,49 +84,62 @@ static float element_row(const S* s, const T* t, S* grad, int64_t width, const M
   return sum(sums[0] + sums[1]) * per_width;
 }
 
-// cosine and pkd. The second pass finds the row in the cache.
+// cosine and pkd. The second pass finds the row in the cache. Sums leave their lanes for double
+// after kBlock columns: with few lanes, those of a wide row would lose digits of the norms.
 template <MatchKind kKind, typename S, typename T, bool kGrad>
 static float direction_row(const S* s, const T* t, S* grad, int64_t width, const MatchCall& call,
                            float scale) {
-  Vec ss[2] = {}, tt[2] = {}, st[2] = {};
-  each_vector(width, [&](int64_t i, int lanes, int which) {
-    if (lanes == kLanes && i % (64 / sizeof(S)) == 0) {
-      __builtin_prefetch(reinterpret_cast<const char*>(s + i) + kMatchAhead);
-      __builtin_prefetch(reinterpret_cast<const char*>(t + i) + kMatchAhead);
-    }
-    const Vec a = lanes == kLanes ? load(s + i) : load_part(s + i, lanes);
-    const Vec b = lanes == kLanes ? load(t + i) : load_part(t + i, lanes);
-    ss[which] = fma(a, a, ss[which]);
-    tt[which] = fma(b, b, tt[which]);
-    st[which] = fma(a, b, st[which]);
-  });
-  const float square_s = sum(ss[0] + ss[1]), square_t = sum(tt[0] + tt[1]);
-  if (square_s == 0.0f || square_t == 0.0f) {  // no direction
+  constexpr int64_t kBlock = 1024;
+  double square_s = 0.0, square_t = 0.0, dot = 0.0;
+  for (int64_t begin = 0; begin < width; begin += kBlock) {
+    Vec ss[2] = {}, tt[2] = {}, st[2] = {};
+    each_vector(std::min(kBlock, width - begin), [&](int64_t column, int lanes, int which) {
+      const int64_t i = begin + column;
+      if (lanes == kLanes && i % (64 / sizeof(S)) == 0) {
+        __builtin_prefetch(reinterpret_cast<const char*>(s + i) + kMatchAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(t + i) + kMatchAhead);
+      }
+      const Vec a = lanes == kLanes ? load(s + i) : load_part(s + i, lanes);
+      const Vec b = lanes == kLanes ? load(t + i) : load_part(t + i, lanes);
+      ss[which] = fma(a, a, ss[which]);
+      tt[which] = fma(b, b, tt[which]);
+      st[which] = fma(a, b, st[which]);
+    });
+    square_s += sum(ss[0] + ss[1]);
+    square_t += sum(tt[0] + tt[1]);
+    dot += sum(st[0] + st[1]);
+  }
+  if (square_s == 0.0 || square_t == 0.0) {  // no direction
     if constexpr (kGrad) std::memset(grad, 0, width * sizeof(S));
     return 0.0f;
   }
-  const float inverse_s = 1.0f / std::sqrt(square_s), inverse_t = 1.0f / std::sqrt(square_t);
+  const double exact_s = 1.0 / std::sqrt(square_s), exact_t = 1.0 / std::sqrt(square_t);
+  const float inverse_s = exact_s, inverse_t = exact_t, cosine = dot * exact_s * exact_t;
   // d(1 - cos)/ds = (cos * s/|s| - t/|t|) / |s|
-  const float factor = kKind == MatchKind::kCosine ? 0.5f : 1.0f / width;
-  const float outer = 2.0f * factor * scale * inverse_s;
-  const float cosine = sum(st[0] + st[1]) * inverse_s * inverse_t;
+  const double factor = kKind == MatchKind::kCosine ? 0.5 : 1.0 / width;
+  const float outer = 2.0 * factor * scale * exact_s;
   const bool stream_it = kGrad && streams(grad, call.stream);
-  Vec sums[2] = {};
-  each_vector(width, [&](int64_t i, int lanes, int which) {
-    const Vec a = (lanes == kLanes ? load(s + i) : load_part(s + i, lanes)) * inverse_s;
-    const Vec b = (lanes == kLanes ? load(t + i) : load_part(t + i, lanes)) * inverse_t;
-    const Vec x = a - b;
-    sums[which] = fma(x, x, sums[which]);
-    if constexpr (kGrad) {
-      const Vec g = (a * cosine - b) * outer;
-      if (lanes == kLanes) {
-        put(grad + i, g, stream_it);
-      } else {
-        store_first(grad + i, g, lanes);
+  double distance = 0.0;
+  for (int64_t begin = 0; begin < width; begin += kBlock) {
+    Vec sums[2] = {};
+    each_vector(std::min(kBlock, width - begin), [&](int64_t column, int lanes, int which) {
+      const int64_t i = begin + column;
+      const Vec a = (lanes == kLanes ? load(s + i) : load_part(s + i, lanes)) * inverse_s;
+      const Vec b = (lanes == kLanes ? load(t + i) : load_part(t + i, lanes)) * inverse_t;
+      const Vec x = a - b;
+      sums[which] = fma(x, x, sums[which]);
+      if constexpr (kGrad) {
+        const Vec g = (a * cosine - b) * outer;
+        if (lanes == kLanes) {
+          put(grad + i, g, stream_it);
+        } else {
+          store_first(grad + i, g, lanes);
+        }
       }
-    }
-  });
-  return factor * sum(sums[0] + sums[1]);
+    });
+    distance += sum(sums[0] + sums[1]);
+  }
+  return factor * distance;
 }
 
 template <MatchKind kKind, typename S, typename T>
