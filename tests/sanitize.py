@@ -49,6 +49,7 @@ def build_emulated() -> Path:
     from emulation import backend
 
     flags = (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g1", *FLAGS)
+    flags += backend.SCALAR
     path, reason = backend.build(folder=FOLDER, flags=flags, everywhere=True)
     if reason is not None:
         sys.exit(reason)
