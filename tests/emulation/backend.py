@@ -27,8 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulation"
 TORCH = Path(torch.__file__).parent
-# Vectorised loads and stores would not be those of the source; and GCC 12 with AVX-512 adds the
-# -inf of padded classes to a sum from which a branch keeps them.
+# Vectorised loads and stores would not be those of the source; and with AVX-512, GCC 12 mixes up
+# the fields of reduce_row's neutral structure (a warp's idle lanes had the maximum's as `live`).
 SCALAR = ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
 # Every load and store of the kernels becomes a call of memory.cpp.
 CHECKED = (
