@@ -136,7 +136,6 @@ def shard(folder: Path) -> None:
     with one.swapped(), torch.no_grad():
         close(loaded(x), alone(x))
     assert sorted(p.name for p in folder.iterdir()) == ["model"]
-    torch.distributed.destroy_process_group()
 
 
 def optimize(folder: Path) -> None:
@@ -190,7 +189,6 @@ def optimize(folder: Path) -> None:
             close(model(x), alone(x))
             assert (model(x) - before).abs().max() > 1e-3
         assert torch.equal(model(x), before)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -198,4 +196,7 @@ if __name__ == "__main__":
     if task == "train":
         train(Path(place), options[0], options[1], int(options[2]))
     else:
+        from processes import leave  # beside this script
+
         {"shard": shard, "optimize": optimize}[task](Path(place))
+        leave()

@@ -46,6 +46,14 @@ def _enter(rank: int, world: int, store: str, main: Callable[..., None], argumen
     )
     torch.manual_seed(7)
     main(*arguments)
+    leave()
+
+
+def leave() -> None:
+    """Ends a process whose work is done, when that of all is.
+
+    No teardown: on a busy machine gloo's may wait for ever for a thread that waits for Python, or
+    abort ("terminate called without an active exception").
+    """
     torch.distributed.barrier()
-    # No teardown: on a busy machine gloo's may wait for ever for a thread that waits for Python.
     os._exit(0)
